@@ -1,0 +1,20 @@
+"""Sharpness-aware minimisation and the edge of stability, measured.
+
+A closure that computes a loss flows through pure mathematics and comes out as a figure whose
+numbers can be traced. Needs torch and numpy alone; everything else is imported on first use.
+"""
+
+from sam_lab.curvature import Hessian
+from sam_lab.stability import gd_edge, heavy_ball_edge, sam_edge
+from sam_lab.tracker import SharpnessTracker
+
+__all__ = [
+    "Hessian",
+    "SharpnessTracker",
+    "__version__",
+    "gd_edge",
+    "heavy_ball_edge",
+    "sam_edge",
+]
+
+__version__ = "0.1.0"
