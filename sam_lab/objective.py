@@ -1,0 +1,313 @@
+r"""A loss as a deterministic function of its parameters, evaluated without a trace.
+
+Curvature is measured in the middle of somebody's training run. Two things follow.
+
+*The loss must be one function.* With dropout it would be another one at every evaluation, and its
+Hessian not even symmetric. Each pass over the data therefore starts from the random state found
+when the `Objective` was made: the loss is the one with that dropout mask, frozen.
+
+*Nothing is disturbed.* Random state and `.grad`, and given the model its buffers and modes, are as
+before after every pass, also after an exception.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = [
+    "Batches",
+    "Gradient",
+    "Objective",
+    "check_integer",
+    "check_loss",
+    "check_positive",
+]
+
+Closure = Callable[[], Tensor]
+Gradient = Sequence[Tensor | None]  # one entry a parameter; None where the loss does not use it
+
+
+class Objective:
+    """The mean of a loss over its data, as a function of flat parameters.
+
+    Args:
+        closure: evaluates the loss at the current values of the parameters; or `Batches`.
+        params: leaf tensors that require grad, of one dtype on one device.
+        model: the module that is evaluated, whose buffers and modes are kept.
+
+    Attributes:
+        params, size, device: the parameters, how many numbers they hold, and where.
+        single: whether the data come in one batch.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+    """
+
+    def __init__(
+        self, closure: Closure | Batches, params: Iterable[Tensor], model: nn.Module | None
+    ) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+        # a closure is the loss of the one batch of its data set, a batch of no tensors
+        whole = closure if isinstance(closure, Batches) else Batches([()], closure, "closure")
+        self._batches, self.single = whole, whole.single
+        self.params = _checked_params(params)
+        self.device = self.params[0].device
+        self.model = model
+        self._sizes = [p.numel() for p in self.params]
+        self.size = sum(self._sizes)
+        self._random = self._random_state()
+
+    def differentiate(self, closure: Closure, create_graph: bool) -> tuple[float, Gradient]:
+        """Loss and gradient of one batch, checked."""
+        loss = closure()
+        value = check_loss(loss)
+        try:
+            gradient = torch.autograd.grad(
+                loss.reshape(()), self.params, create_graph=create_graph, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "second time" in str(error):
+                message = "the closure must return the loss without calling backward on it"
+                raise ValueError(message) from error
+            raise
+        used = [g for g in gradient if g is not None]
+        if not used:
+            raise ValueError("the loss depends on none of the parameters in `params`")
+        if not all(bool(torch.isfinite(g).all()) for g in used):
+            raise FloatingPointError(f"the gradient is not finite (the loss is {value:g})")
+        return value, gradient
+
+    def replaced(self, closure: Closure, tensors: Iterable[Tensor]) -> Tensor:
+        """The loss of one batch with these tensors in the places of the parameters.
+
+        The closure reads its parameters from the model by itself; `functional_call` exchanges them
+        there for the time of the call.
+        """
+        caller = _Caller(self.model, closure)
+        names = {id(p): name for name, p in caller.named_parameters()}
+        moved = {names[id(p)]: t for p, t in zip(self.params, tensors, strict=True)}
+        loss: Tensor = torch.func.functional_call(caller, moved, ())
+        return loss
+
+    def obstacle(self) -> str:
+        """Why `replaced` cannot be used, or an empty string where it can."""
+        if self.model is None:
+            return "the parameters are moved inside the model: give model=..."
+        owned = {id(p) for p in self.model.parameters()}
+        if not all(id(p) in owned for p in self.params):
+            return "params must be parameters of the model"
+        return ""
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[Batches]:
+        """One pass over the data inside, from the frozen random state; then all is as before.
+
+        Buffers and gradients are not saved and written back but swapped: the model works on
+        copies, and the original tensors, which nobody has touched, return to their places.
+        """
+        modules = list(self.model.modules()) if self.model is not None else []
+        buffers = [dict(module._buffers) for module in modules]
+        modes = [module.training for module in modules]
+        owners = [*self.params, *(self.model.parameters() if self.model is not None else [])]
+        grads = [owner.grad for owner in owners]
+        random_state = self._random_state()
+        try:
+            copies: dict[int, Tensor | None] = {id(None): None}
+            for module, own in zip(modules, buffers, strict=True):
+                for name, buffer in own.items():
+                    if buffer is not None and id(buffer) not in copies:
+                        copies[id(buffer)] = buffer.detach().clone()
+                    module._buffers[name] = copies[id(buffer)]
+            for owner in owners:
+                owner.grad = None
+            _set(self._random)
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast(self.device.type, enabled=False),
+                sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
+            ):
+                yield self._batches
+        finally:
+            for module, own, training in zip(modules, buffers, modes, strict=True):
+                module._buffers.clear()
+                module._buffers.update(own)
+                module.training = training
+            for owner, grad in zip(owners, grads, strict=True):
+                owner.grad = grad
+            _set(random_state)
+
+    def _random_state(self) -> list[tuple[Callable[[Any], Any], Any]]:
+        """State of every generator a closure may draw from, each with the function to set it."""
+        state: list[tuple[Callable[[Any], Any], Any]] = [
+            (torch.set_rng_state, torch.get_rng_state()),
+            (random.setstate, random.getstate()),
+            (np.random.set_state, np.random.get_state()),
+        ]
+        state += [(g.set_state, g.get_state()) for g in self._batches.generators]
+        if self.device.type != "cpu":
+            module = torch.get_device_module(self.device)
+            where = () if self.device.type == "mps" else (self.device,)
+            state.append((lambda s: module.set_rng_state(s, *where), module.get_rng_state(*where)))
+        return state
+
+    def versions(self) -> tuple[int, ...]:
+        """A key that changes when parameters, buffers or modes do, as far as torch counts it."""
+        seen, modes = list(self.params), []
+        if self.model is not None:
+            seen += self.model.buffers()
+            modes = [module.training for module in self.model.modules()]
+        return (*map(id, seen), *(tensor._version for tensor in seen), *modes)
+
+    def flatten(self, pieces: Gradient) -> Tensor:
+        """One tensor a parameter (None for zeros), as one flat vector (P,)."""
+        pairs = zip(self.params, pieces, strict=False)
+        return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for p, t in pairs])
+
+    def unflatten(self, row: Tensor) -> list[Tensor]:
+        """A flat vector (P,) in the shapes of the parameters."""
+        pieces = row.split(self._sizes)
+        return [piece.view_as(p) for p, piece in zip(self.params, pieces, strict=True)]
+
+
+class Batches:
+    """A data set as pairs (size, closure), one a batch, read anew in every pass.
+
+    Args:
+        batches: a list or DataLoader of tensors or tuples of tensors.
+        loss_fn: `loss_fn(*batch)` returns the mean loss of the batch.
+        name: what error messages call `loss_fn`.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], loss_fn: Callable[..., Tensor], name: str = "loss_fn"
+    ) -> None:
+        if not callable(loss_fn):
+            raise TypeError(f"{name} must be callable, got {type(loss_fn).__name__}")
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be a list or DataLoader, got {type(batches).__name__}")
+        if isinstance(batches, Iterator):
+            raise TypeError(
+                "batches must be readable more than once; an iterator is empty after the first "
+                "product: pass a list or a DataLoader"
+            )
+        try:
+            count = len(batches)  # type: ignore[arg-type]
+        except TypeError:  # a DataLoader over an IterableDataset has no length
+            count = -1
+        if count == 0:
+            raise ValueError("batches is empty")
+        self.single = count == 1
+        self.batches, self.loss_fn = batches, loss_fn
+        owners = (batches, getattr(batches, "sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
+        self.generators = [g for g in found if isinstance(g, torch.Generator)]
+
+    def __iter__(self) -> Iterator[tuple[int, Closure]]:
+        empty = True
+        for i, batch in enumerate(self.batches):
+            empty = False
+            inputs = (batch,) if isinstance(batch, Tensor) else batch
+            if not isinstance(inputs, tuple | list):
+                raise TypeError(
+                    f"batch {i} must be a tensor or a tuple of tensors, got {type(batch).__name__}"
+                )
+            size = len(inputs[0]) if inputs else 1
+            if size == 0:
+                raise ValueError(f"batch {i} has size 0")
+            yield size, lambda inputs=inputs: self.loss_fn(*inputs)  # type: ignore[misc]
+        if empty:
+            raise ValueError("batches is empty")
+
+
+class _Caller(nn.Module):
+    """A closure as a module around its model, as `functional_call` wants it."""
+
+    def __init__(self, model: nn.Module | None, closure: Closure) -> None:
+        super().__init__()
+        self.model, self.closure = model, closure
+
+    def forward(self) -> Tensor:
+        return self.closure()
+
+
+def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(params, Tensor):
+        raise TypeError("params must be a list of tensors, got one tensor: pass [tensor]")
+    params = list(params)
+    if not params:
+        raise ValueError("params is empty (an iterator such as model.parameters() serves once)")
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params[{i}] must be a tensor, got {type(p).__name__}")
+        if not p.is_floating_point():
+            raise ValueError(f"params[{i}] must be real floating point, got {p.dtype}")
+        if not p.requires_grad:
+            raise ValueError(
+                f"params[{i}] does not require grad: "
+                "pass [p for p in model.parameters() if p.requires_grad]"
+            )
+        if not p.is_leaf:
+            raise ValueError(f"params[{i}] must be a leaf tensor, got the result of an operation")
+        if p.numel() == 0:
+            raise ValueError(f"params[{i}] has no entries: its shape is {tuple(p.shape)}")
+        if (p.dtype, p.device) != (params[0].dtype, params[0].device):
+            raise ValueError(
+                f"params must share one dtype and device; params[0] is {params[0].dtype} on "
+                f"{params[0].device}, params[{i}] is {p.dtype} on {p.device}"
+            )
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError("params holds the same tensor twice")
+    return params
+
+
+def check_loss(loss: Any) -> float:
+    """The loss as a number; TypeError, ValueError or FloatingPointError if it is not usable."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(
+            f"the loss must be a real scalar, got {loss.dtype} of shape {tuple(loss.shape)}"
+        )
+    value = loss.detach().item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is not finite ({value})")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss does not require grad: it depends on none of the parameters, "
+            "or was detached or computed under torch.no_grad()"
+        )
+    return value
+
+
+def _set(state: list[tuple[Callable[[Any], Any], Any]]) -> None:
+    for setter, saved in state:
+        setter(saved)
+
+
+def check_integer(
+    name: str, value: Any, least: int, most: float = math.inf, what: str = "an integer"
+) -> int:
+    """The argument as an int; ValueError unless it is one between `least` and `most`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:
+        between = f"between {least} and {most}" if most < math.inf else f"of at least {least}"
+        raise ValueError(f"{name} must be {what} {between}, got {value!r}")
+    return int(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """The argument as a float; ValueError unless it is a finite number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)
