@@ -1,0 +1,155 @@
+"""The sharpness along a training run, for one or two Hessian-vector products a step.
+
+Between two optimizer steps the top eigenvectors turn only a little. `SharpnessTracker` starts each
+measurement from vectors it has (LOBPCG, see `sam_lab.eigensolvers`) and stops as soon as their
+residuals are small. It starts from the vectors of one measurement ago or of two, whichever was the
+better guess last time: at the edge of stability the iterate swings from one wall of the valley to
+the other and back, and what was found on the same wall is nearer.
+
+What a warm start cannot see: a residual says that *some* eigenvalue is near. A direction that
+overtakes the tracked ones from outside leaves their residuals small. Guard vectors (for k > 1)
+keep the next neighbours in view, and every `audit_every` measurements an *audit* runs Lanczos from
+a random start: where it finds more than the residuals allow, its vectors replace the tracked ones,
+and the event is counted. At the edge the top two eigenvalues often lie within a few percent of each
+other; each value is then right, to its residual, for one of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sam_lab.curvature import Eigenpairs, Hessian
+from sam_lab.objective import check_integer, check_positive
+
+__all__ = ["SharpnessTracker"]
+
+
+class SharpnessTracker:
+    """Measures the k largest Hessian eigenvalues again and again as the parameters move.
+
+    Args:
+        closure: evaluates the loss at the current parameters, as for `Hessian`; or a ready
+            `Hessian`, such as `Hessian.over(...)`, which brings its own params and model.
+        params: the parameters, as for `Hessian`.
+        k: number of eigenpairs.
+        tol: tolerance on residuals, relative to the largest eigenvalue.
+        model: the module that the closure evaluates, as for `Hessian`.
+        audit_every: measurements from one audit to the next; None for no audits.
+        seed: seed of the random starts.
+        max_hvps: most products of one measurement, its audit apart.
+
+    Attributes:
+        hessian: the operator; `hessian.loss()` and `hessian.gradient()` cost nothing more right
+            after a measurement of a loss of one batch.
+        measurements, hvps: measurements so far and products spent on them, audits apart.
+        audits, audit_hvps: audits so far and products spent on them.
+        false_convergences: audits that found an eigenvalue above the tracked one by more than
+            the residuals of the two together.
+
+    Raises:
+        TypeError, ValueError: if an argument is not as described.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> tracker = SharpnessTracker(lambda: 3 * w[0] ** 2 + w[1] ** 2, [w])
+        >>> round(float(tracker.measure().values[0]), 3)
+        6.0
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Tensor] | Hessian,
+        params: Iterable[Tensor] | None = None,
+        k: int = 1,
+        tol: float = 1e-2,
+        model: nn.Module | None = None,
+        audit_every: int | None = 50,
+        seed: int = 0,
+        max_hvps: int = 200,
+    ) -> None:
+        if isinstance(closure, Hessian):
+            if params is not None or model is not None:
+                raise ValueError("a Hessian brings its own params and model: leave them out")
+            self.hessian = closure
+        elif params is None:
+            raise ValueError("params must be given, unless the first argument is a Hessian")
+        else:
+            self.hessian = Hessian(closure, params, model)
+        size = self.hessian.shape[0]
+        self.k = check_integer("k", k, 1, size)
+        self.tol = check_positive("tol", tol)
+        if audit_every is not None:
+            check_integer("audit_every", audit_every, 1, what="None or an integer")
+        self.audit_every = audit_every
+        self.seed = check_integer("seed", seed, 0)
+        self.max_hvps = check_integer("max_hvps", max_hvps, k)
+        self.measurements = self.hvps = 0
+        self.audits = self.audit_hvps = self.false_convergences = 0
+        self._blocks: list[Tensor] = []  # of the latest measurements, the last one last
+        self._lag = 1  # which of them to start from, counted from the end
+
+    def measure(self) -> Eigenpairs:
+        """The top eigenpairs at the current parameters.
+
+        The first call starts at random, later ones from vectors of the calls before. The vectors
+        keep the signs they had. An exception leaves the tracker as it was before the call.
+
+        Returns:
+            `Eigenpairs` as from `Hessian.top`; its `hvps` includes an audit that was due. Where
+            not even Lanczos from a random start converged within `max_hvps`, `converged` is False
+            and a `ConvergenceWarning` is issued.
+
+        Raises:
+            FloatingPointError: the loss or a product is not finite: the run has diverged.
+        """
+        seed = self.seed + self.measurements
+        start = self._blocks[-self._lag] if self._blocks else None
+        pairs = self._top(seed, start)
+        spent, checked, missed = pairs.hvps, 0, False
+        # a start at random, as the first, needs no audit
+        if self.audit_every and start is not None and self.measurements % self.audit_every == 0:
+            audit = self._top(seed, None)
+            checked = audit.hvps
+            excess = audit.values - pairs.values
+            missed = audit.converged and bool((excess > audit.residuals + pairs.residuals).any())
+            if missed or (audit.converged and not pairs.converged):
+                pairs = audit
+        pairs = self._aligned(pairs, spent + checked)
+        self.measurements += 1
+        self.hvps += spent
+        self.audits += checked > 0
+        self.audit_hvps += checked
+        self.false_convergences += missed
+        self._remember(pairs)
+        return pairs
+
+    def reset(self) -> None:
+        """Forget all vectors: the next measurement starts at random."""
+        self._blocks, self._lag = [], 1
+
+    def _top(self, seed: int, start: Tensor | None) -> Eigenpairs:
+        return self.hessian.top(self.k, self.tol, seed, self.max_hvps, start)
+
+    def _aligned(self, pairs: Eigenpairs, hvps: int) -> Eigenpairs:
+        """The same pairs, each vector with the sign that its predecessor had."""
+        block = pairs.block
+        if self._blocks:
+            before = self._blocks[-1]
+            width = min(block.shape[1], before.shape[1])
+            turned = (block[:, :width] * before[:, :width]).sum(0) < 0
+            signs = torch.ones(block.shape[1], dtype=block.dtype, device=block.device)
+            signs[:width] = torch.where(turned, -1.0, 1.0)
+            block = block * signs
+        vectors = block[:, : pairs.vectors.shape[1]]
+        return Eigenpairs(pairs.values, vectors, pairs.residuals, hvps, pairs.converged, block)
+
+    def _remember(self, pairs: Eigenpairs) -> None:
+        """Keep the block, and see which of the two before it spans what was found better."""
+        if len(self._blocks) == 2:
+            older, newer = (float((b.T @ pairs.vectors).square().sum()) for b in self._blocks)
+            # the next start: the block that stands to it as the better one stood to this
+            self._lag = 2 if older > newer else 1
+        self._blocks = [*self._blocks[-1:], pairs.block]
