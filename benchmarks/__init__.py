@@ -1,0 +1,1 @@
+"""Measurements against peers; no part of the package."""
