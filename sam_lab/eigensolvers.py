@@ -59,6 +59,7 @@ class Krylov:
             `beta[-1]` is the norm of what H has left over outside the basis.
         closed: the basis spans an invariant space; nothing is left over but rounding.
         first: where the block begins that was started after the last closure.
+        dropped: largest norm of a leftover that was taken for rounding.
     """
 
     def __init__(self, size: int, like: Tensor) -> None:
@@ -67,6 +68,7 @@ class Krylov:
         self.beta: list[float] = []
         self.first = 0
         self.closed = False
+        self.dropped = 0.0
 
     @property
     def rows(self) -> Tensor:
@@ -104,9 +106,12 @@ def lanczos(apply: Apply, draw: Draw) -> Iterator[Krylov]:
         rest = _orthogonal(image, krylov.rows)
         beta = _norm(rest)
         largest = max(map(abs, krylov.alpha + krylov.beta))
-        # below this the rest is rounding, and its direction means nothing
-        krylov.closed = beta <= 100 * eps * largest or len(krylov.alpha) == size
+        # Below this the rest is rounding, and its direction means nothing. Well above eps, because
+        # the steps before it may have magnified the rounding of their own.
+        krylov.closed = beta <= eps ** (2 / 3) * largest or len(krylov.alpha) == size
         krylov.beta.append(0.0 if krylov.closed else beta)
+        if krylov.closed:
+            krylov.dropped = max(krylov.dropped, beta)
         yield krylov
         if len(krylov.alpha) == size:
             return
@@ -132,7 +137,7 @@ def lanczos_top(apply: Apply, draw: Draw, k: int, tol: float, max_products: int)
     for krylov in lanczos(apply, draw):
         steps, (values, vectors) = len(krylov.alpha), krylov.eigen()
         dtype = krylov.rows.dtype
-        rounding = torch.finfo(dtype).eps * float(values.abs().max())
+        rounding = max(torch.finfo(dtype).eps * float(values.abs().max()), krylov.dropped)
         residuals = (krylov.beta[-1] * vectors[-1].abs()).clamp(min=rounding)
         allowed = max(tol * scale(values, dtype), rounding)
         met = steps >= k and bool((residuals[:k] <= allowed).all())

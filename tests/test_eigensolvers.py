@@ -50,6 +50,13 @@ def test_lanczos_finds_the_largest_whatever_the_spectrum(values, data):
     assert (defect.norm(dim=1) <= found.residuals[:k] + 1e-9 * size).all()
 
 
+def test_a_space_that_closes_up_to_magnified_rounding_counts_as_closed():
+    """Five different eigenvalues: the space closes at step five, but beta is 1e-12, not 1e-15."""
+    operator = Counted([0.0, 2.0, 4.5, 0.0, 5.0, 6.0, 0.0, 2.0, 0.0, 6.0])
+    found = lanczos_top(operator, operator.draw, 2, 1e-9, 200)
+    torch.testing.assert_close(found.values[:2], torch.tensor([6.0, 6.0], dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     "values", [[0.0] * 9, [2.0] * 9, [5.0] * 4 + [1.0] * 5, [-3.0] * 6 + [-7.0]]
 )
