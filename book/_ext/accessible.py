@@ -1,0 +1,41 @@
+"""What a reader who does not see the page depends on.
+
+A figure without alternative text is warned of, and so fails the build: myst-nb would give it the
+name of its file, which a screen reader reads out. The text belongs into the cell's metadata,
+``{"mystnb": {"image": {"alt": "…"}}}``. And the bibliography loses the role of a list, which Sphinx
+gives it although its entries are no list items.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+
+def is_written(alt: str, uri: str) -> bool:
+    """Whether ``alt`` is words somebody wrote, and not the image's path or file name."""
+    return " " in alt.strip() and PurePosixPath(uri).name not in alt
+
+
+def check_images(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    for image in doctree.findall(nodes.image):
+        if not is_written(image.get("alt", ""), image.get("uri", "")):
+            where = image.get("uri", "an image")
+            logger.warning("%s has no alternative text", where, location=(docname, image.line))
+
+
+def drop_list_role(app: Sphinx, pagename: str, template: str, context: dict, doctree: Any) -> None:
+    wrong = '<div role="list" class="citation-list">'
+    context["body"] = context.get("body", "").replace(wrong, '<div class="citation-list">')
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("doctree-resolved", check_images)
+    app.connect("html-page-context", drop_list_role)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

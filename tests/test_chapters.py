@@ -1,0 +1,179 @@
+"""The rules every notebook of the book keeps; CONTRIBUTING.md says them in words."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from book_tool import ROOT, book
+
+NOTEBOOKS = book.notebooks()
+CHAPTERS = [name for name in NOTEBOOKS if re.match(r"\d\d_", name.name)]
+HEADINGS = [
+    "Before you start",
+    "Predict",
+    "Theory",
+    "From scratch",
+    "Experiment",
+    "Claims",
+    "What would change our mind",
+    "Exercises",
+    "Summary",
+    "References",
+]
+MOST_CODE_LINES = 160
+# Marks of a moment or a machine that have no place in a stored output.
+PASSING = re.compile(
+    r"/home/|/Users/|/root\b|/tmp/|[A-Z]:\\\\|\b0x[0-9a-f]{6,}\b"
+    r"|Wall time|CPU times|\d(?:it/s|s/it)\b|Traceback \(most recent|Warning:",
+)
+
+
+def load(name: Path) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / name, as_version=4)
+
+
+def prose(notebook: nbformat.NotebookNode) -> str:
+    return "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+
+
+def texts(output: nbformat.NotebookNode) -> list[str]:
+    """What an output says in words, pictures that lie inside HTML left out."""
+    if output.output_type == "stream":
+        return [output.text]
+    values = [v for m, v in output.get("data", {}).items() if m.startswith("text/")]
+    return [re.sub(r"data:[\w/+;=-]+,[A-Za-z0-9+/=]+", "", value) for value in values]
+
+
+every_notebook = pytest.mark.parametrize("name", NOTEBOOKS, ids=str)
+every_chapter = pytest.mark.parametrize("name", CHAPTERS, ids=str)
+
+
+def test_the_table_of_contents_lists_every_notebook_of_the_book():
+    on_disk = {path.relative_to(ROOT) for path in (ROOT / "book").glob("*.ipynb")}
+    assert on_disk == set(NOTEBOOKS)
+    assert CHAPTERS
+
+
+@every_notebook
+def test_the_first_code_cell_is_the_common_one(name):
+    assert book.code_cells(load(name))[0].source == book.first_cell()
+
+
+DRIVER = """
+import pathlib, subprocess, sys
+
+def clone(command, check):  # what git would do, from this checkout
+    print(*command)
+    pathlib.Path(command[-1]).mkdir()
+    pathlib.Path(command[-1], "sam_lab").symlink_to(sys.argv[2], target_is_directory=True)
+
+subprocess.run = clone
+for _ in range(2):  # a reader runs the cell again
+    exec(pathlib.Path(sys.argv[1]).read_text())
+print(ROOT, device in ("cpu", "cuda"))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_cell_clones_the_configured_branch_once_where_there_is_no_checkout(tmp_path):
+    (tmp_path / "cell.py").write_text(book.first_cell(), encoding="utf-8")
+    arguments = [sys.executable, "-c", DRIVER, tmp_path / "cell.py", ROOT / "sam_lab"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    repository = book.configuration()["repository"]
+    branch, url = repository["branch"], repository["url"]
+    name = url.rsplit("/", 1)[1]
+    assert done.stdout.splitlines() == [
+        f"git clone --quiet --depth=1 --branch {branch} {url} {name}",
+        f"{tmp_path / name} True",
+    ], done.stderr
+
+
+@every_notebook
+def test_the_notebook_is_stored_executed_once_from_top_to_bottom(name):
+    cells = book.code_cells(load(name))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert any(cell.outputs for cell in cells)
+
+
+@every_notebook
+def test_the_stored_notebook_is_what_storing_writes(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text == book.dumps(book.clean(nbformat.reads(text, as_version=4)))
+
+
+@every_notebook
+def test_outputs_hold_no_error_no_stderr_and_nothing_of_one_machine_or_moment(name):
+    notebook = load(name)
+    # "widgets" makes GitHub refuse to show a notebook, and the book needs no widget state.
+    assert "widgets" not in notebook.metadata
+    for number, cell in enumerate(notebook.cells, start=1):
+        for output in cell.get("outputs", []):
+            where = f"{name}, cell {number}"
+            assert output.output_type != "error", where
+            assert output.get("name") != "stderr", where
+            assert book.WIDGET_VIEW not in output.get("data", {}), where
+            for text in texts(output):
+                assert not PASSING.search(text), f"{where}: {PASSING.search(text)[0]!r}"
+
+
+@every_notebook
+def test_every_picture_has_alternative_text_written_for_it(name):
+    for number, cell in enumerate(load(name).cells, start=1):
+        data = [output.get("data", {}) for output in cell.get("outputs", [])]
+        if any(mime.startswith("image/") for bundle in data for mime in bundle):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt.split()) >= 5, f"{name}, cell {number}: alt text {alt!r}"
+
+
+@every_notebook
+def test_links_to_other_pages_name_files_that_exist(name):
+    targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", prose(load(name)))
+    missing = [target for target in targets if not (ROOT / name).parent.joinpath(target).exists()]
+    assert not missing
+
+
+@every_chapter
+def test_the_chapter_has_the_sections_of_every_chapter_in_their_order(name):
+    text = re.sub(r"```.*?```", "", prose(load(name)), flags=re.DOTALL)
+    assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1
+    found = re.findall(r"^## +(.*)$", text, flags=re.MULTILINE)
+    order = [next((h for h in HEADINGS if title.startswith(h)), None) for title in found]
+    assert [heading for heading in order if heading] == HEADINGS
+
+
+@every_chapter
+def test_the_chapter_is_neither_a_leaflet_nor_a_book(name):
+    notebook = load(name)
+    words = len(re.findall(r"[^\W\d_]{2,}", re.sub(r"\$[^$]*\$", " ", prose(notebook))))
+    assert 1500 <= words <= 3000, f"{words} words"
+
+
+@every_chapter
+def test_the_chapter_shows_no_more_code_than_a_reader_reads(name):
+    hidden = {"hide-input", "remove-input", "hide-cell", "remove-cell"}
+    visible = [
+        line
+        for cell in book.code_cells(load(name))[1:]
+        if not hidden & set(cell.metadata.get("tags", []))
+        for line in cell.source.splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    assert len(visible) <= MOST_CODE_LINES
+
+
+@every_chapter
+def test_solutions_are_folded_and_everything_folded_is_unfolded_again(name):
+    text = prose(load(name))
+    assert text.count("<details") == text.count("</details>") >= 3
+    # Markdown inside HTML is Markdown only after a blank line, in the book and on GitHub alike.
+    assert not re.search(r"</summary>[ \t]*\n(?!\s*\n)", text)
+
+
+@every_chapter
+def test_the_chapter_has_an_interactive_figure_that_needs_no_kernel(name):
+    outputs = [o for cell in book.code_cells(load(name)) for o in cell.outputs]
+    pages = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
+    assert any("sam-slider" in page for page in pages)
