@@ -1,11 +1,44 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = [  # a browser that asks nobody for anything on its own account
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, one for all tests: Playwright runs only once in a thread.
+
+    Its absence is a failure where ``SAM_LAB_BROWSER=required`` (``make test``); elsewhere the tests
+    that need it are skipped.
+    """
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        reason = "no Chromium found; on Debian and Ubuntu: apt-get install chromium"
+        if os.environ.get("SAM_LAB_BROWSER") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=QUIET)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

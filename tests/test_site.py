@@ -5,10 +5,7 @@ be done. Needs Chromium; where ``SAM_LAB_BROWSER=required`` (``make test``), its
 failure, elsewhere these tests are skipped.
 """
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -22,16 +19,6 @@ pytest.importorskip("jupyter_book")
 HTML = ROOT / "_build" / "html"
 
 PAGES = [str(page.with_suffix(".html")) for page in book.pages()]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = [  # a browser that asks nobody for anything on its own account
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # The bare theme (sphinx-book-theme 1.3.0) has one finding that axe calls serious,
 # label-content-name-mismatch at the search button of its top bar. The book shows no such bar, so
 # nothing has to be excused here.
@@ -49,20 +36,6 @@ pytestmark = [
 def html() -> Path:
     book.render()
     return HTML
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator["sync_api.Browser"]:
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        reason = "no Chromium found; on Debian and Ubuntu: apt-get install chromium"
-        if os.environ.get("SAM_LAB_BROWSER") == "required":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=QUIET)
-        yield chromium
-        chromium.close()
 
 
 class Visit:

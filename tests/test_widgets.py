@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -326,18 +325,6 @@ print(control.options, control.label, picture.value != before, len(picture.value
 
 
 # --- in a browser --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium on this machine")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture
