@@ -126,6 +126,15 @@ def one_hot(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tens
     return torch.nn.functional.one_hot(y, classes).to(dtype)
 
 
+def standardize(x: Tensor) -> Tensor:
+    """Inputs (N, ...), each pixel centred over the N, then divided by one standard deviation.
+
+    One for all pixels: many of MNIST's never change, and have none of their own.
+    """
+    x = x - x.mean(0)
+    return x / x.std()
+
+
 def root() -> Path:
     """The folder of downloaded data: the environment variable SAM_LAB_DATA, or sam_lab in the
     user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""

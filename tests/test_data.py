@@ -278,3 +278,15 @@ class TestDownloads:
         for image, label in zip(part.x, part.y, strict=True):
             stored = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
             assert original.targets[where[stored.tobytes()]] == label
+
+
+def test_standardize_centres_each_pixel_and_gives_all_one_scale():
+    x = torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0, 0] = 0.7  # a pixel that never changes
+    z = data.standardize(x)
+    assert z.shape == x.shape
+    torch.testing.assert_close(z.mean(0), torch.zeros(1, 4, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(z.std(), torch.tensor(1.0))
+    assert z.isfinite().all() and (z[:, :, 0, 0].abs() < 1e-5).all()
+    ratio = (x - x.mean(0))[:, 0, 1:, 1:] / z[:, 0, 1:, 1:]  # the same for every pixel
+    torch.testing.assert_close(ratio, ratio[0, 0, 0].expand_as(ratio), rtol=1e-4, atol=0)

@@ -114,15 +114,13 @@ def problem(
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """The loss closure and the parameters (initialised from `seed`) of one run.
 
-    Images are centred pixel by pixel and divided by one standard deviation for all pixels.
+    Images are standardised by `data.standardize`.
 
     Raises:
         ValueError: an unknown loss, activation or data set.
     """
     images = data.load(config.data, train=config.images, seed=seed, device=device)
-    x = images.x.flatten(1)
-    x = x - x.mean(0)
-    x = x / x.std()
+    x = data.standardize(images.x.flatten(1))
     sizes = (x.shape[1], *config.hidden, images.classes)
     model = models.mlp(sizes, activation, seed=seed, device=device)
     if loss == "mse":
@@ -352,6 +350,11 @@ def _flips(result: Result, seed: int) -> float:
     return min(flips)
 
 
+def _faded(result: Result, seed: int) -> float:
+    sharpness = control(result, "cross_entropy_lr", seed)["sharpness"]
+    return sharpness[-1] / sharpness.max()
+
+
 def _past_the_edge(result: Result, seed: int) -> float:
     _, sharpness = branches(result, seed)
     edge = gd_edge(result.config["branch_lr"])
@@ -461,12 +464,7 @@ EXPERIMENT = Experiment(
             "its largest",
             COHEN,
             "",
-            _each_seed(
-                lambda result, seed: (
-                    control(result, "cross_entropy_lr", seed)["sharpness"][-1]
-                    / control(result, "cross_entropy_lr", seed)["sharpness"].max()
-                )
-            ),
+            _each_seed(_faded),
             Criterion(high=0.5),
         ),
     ],

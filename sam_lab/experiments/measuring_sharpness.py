@@ -115,7 +115,7 @@ def images(
     device: torch.device | str = "cpu",
     classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Training images and labels: each pixel centred, then all divided by one standard deviation.
+    """Training images, standardised by `data.standardize`, and labels.
 
     Args:
         seed: chooses the subset of the data set.
@@ -128,8 +128,7 @@ def images(
     x, y = sample.x, sample.y
     if classes is not None:
         x, y = x[y < classes], y[y < classes]
-    x = x - x.mean(0)
-    return x / x.std(), y
+    return data.standardize(x), y
 
 
 def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
