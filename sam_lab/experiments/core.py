@@ -232,7 +232,7 @@ def run(
             runs.append(kept[0])
             seconds += kept[1]
         origin = _provenance(chosen, label, seed_list, place, seconds)
-        result = Result(chosen.name, label, _as_dict(config), runs, [], origin)
+        result = Result(chosen.name, label, config_dict(config), runs, [], origin)
         result = dataclasses.replace(result, claims=chosen.judge(result))
         if store:
             result.save(Path(out or ".") / f"{chosen.name}.{label}.json")
@@ -331,10 +331,11 @@ def _check_config(config: Any, where: str) -> None:
         raise TypeError(f"{where} must be an instance of a dataclass, got {config!r:.100}")
     if not getattr(type(config), "__dataclass_params__").frozen:  # noqa: B009 (typeshed omits it)
         raise TypeError(f"{where}: {type(config).__name__} must be a frozen dataclass")
-    _as_dict(config)
+    config_dict(config)
 
 
-def _as_dict(config: Any) -> dict[str, Any]:
+def config_dict(config: Any) -> dict[str, Any]:
+    """The config as a result file holds it."""
     return plain(dataclasses.asdict(config), type(config).__name__)
 
 
@@ -346,7 +347,7 @@ def _key(experiment: Experiment, config: Any, device: torch.device) -> str:
     """Says what a kept run depends on: the code, the config, the device and the versions."""
     parts = [
         experiment.name,
-        repr(_as_dict(config)),
+        repr(config_dict(config)),
         device.type,
         torch.__version__,
         np.__version__,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sam_lab.experiments.claims import Claim, Table, Verdict
-from sam_lab.experiments.core import SCALES, Experiment, _as_dict, broken, get, names
+from sam_lab.experiments.core import SCALES, Experiment, broken, config_dict, get, names
 from sam_lab.experiments.result import Result, ResultError
 
 
@@ -89,6 +89,6 @@ def _judge(experiment: Experiment, scale: str, path: Path) -> dict[str, Verdict]
     result = Result.load(path)
     if (result.experiment, result.scale) != (experiment.name, scale):
         raise ResultError(f"{path.name}: holds {result.experiment} at scale {result.scale}")
-    if result.config != _as_dict(experiment.presets[scale]):
+    if result.config != config_dict(experiment.presets[scale]):
         raise ResultError(f"{path.name}: made with another config than the preset's; run it again")
     return {verdict.id: verdict for verdict in experiment.judge(result)}
