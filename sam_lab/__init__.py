@@ -5,10 +5,12 @@ numbers can be traced. Needs torch and numpy alone; everything else is imported 
 """
 
 from sam_lab.curvature import Hessian
+from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, heavy_ball_edge, sam_edge
 from sam_lab.tracker import SharpnessTracker
 
 __all__ = [
+    "SAM",
     "Hessian",
     "SharpnessTracker",
     "__version__",

@@ -13,7 +13,6 @@ before after every pass, also after an exception.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sam_lab.state import RandomState, kept_buffers
 
 __all__ = [
     "Batches",
@@ -112,26 +113,20 @@ class Objective:
     def undisturbed(self) -> Iterator[Batches]:
         """One pass over the data inside, from the frozen random state; then all is as before.
 
-        Buffers and gradients are not saved and written back but swapped: the model works on
-        copies, and the original tensors, which nobody has touched, return to their places.
+        Gradients, as buffers, are not saved and written back but swapped: the original tensors,
+        which nobody has touched, return to their places.
         """
         modules = list(self.model.modules()) if self.model is not None else []
-        buffers = [dict(module._buffers) for module in modules]
         modes = [module.training for module in modules]
         owners = [*self.params, *(self.model.parameters() if self.model is not None else [])]
         grads = [owner.grad for owner in owners]
-        random_state = self._random_state()
+        now = self._random_state()
         try:
-            copies: dict[int, Tensor | None] = {id(None): None}
-            for module, own in zip(modules, buffers, strict=True):
-                for name, buffer in own.items():
-                    if buffer is not None and id(buffer) not in copies:
-                        copies[id(buffer)] = buffer.detach().clone()
-                    module._buffers[name] = copies[id(buffer)]
             for owner in owners:
                 owner.grad = None
-            _set(self._random)
+            self._random.restore()
             with (
+                kept_buffers(self.model),
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 torch.autocast(self.device.type, enabled=False),
@@ -139,27 +134,14 @@ class Objective:
             ):
                 yield self._batches
         finally:
-            for module, own, training in zip(modules, buffers, modes, strict=True):
-                module._buffers.clear()
-                module._buffers.update(own)
+            for module, training in zip(modules, modes, strict=True):
                 module.training = training
             for owner, grad in zip(owners, grads, strict=True):
                 owner.grad = grad
-            _set(random_state)
+            now.restore()
 
-    def _random_state(self) -> list[tuple[Callable[[Any], Any], Any]]:
-        """State of every generator a closure may draw from, each with the function to set it."""
-        state: list[tuple[Callable[[Any], Any], Any]] = [
-            (torch.set_rng_state, torch.get_rng_state()),
-            (random.setstate, random.getstate()),
-            (np.random.set_state, np.random.get_state()),
-        ]
-        state += [(g.set_state, g.get_state()) for g in self._batches.generators]
-        if self.device.type != "cpu":
-            module = torch.get_device_module(self.device)
-            where = () if self.device.type == "mps" else (self.device,)
-            state.append((lambda s: module.set_rng_state(s, *where), module.get_rng_state(*where)))
-        return state
+    def _random_state(self) -> RandomState:
+        return RandomState([self.device], self._batches.generators)
 
     def versions(self) -> tuple[int, ...]:
         """A key that changes when parameters, buffers or modes do, as far as torch counts it."""
@@ -288,11 +270,6 @@ def check_loss(loss: Any) -> float:
             "or was detached or computed under torch.no_grad()"
         )
     return value
-
-
-def _set(state: list[tuple[Callable[[Any], Any], Any]]) -> None:
-    for setter, saved in state:
-        setter(saved)
 
 
 def check_integer(

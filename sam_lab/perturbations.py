@@ -1,0 +1,214 @@
+r"""Perturbation rules: where a sharpness-aware step looks before it moves, one function a rule.
+
+A rule is called as ``rule(params, grads, rho)``, with the parameters $w$ and the gradients $g$ of
+the loss at $w$ as lists of tensors, and returns the perturbation $\epsilon$ as a list of the same
+shapes. It changes none of its arguments. $\|\cdot\|$ is one Euclidean norm over all tensors of the
+list together, and $T$ acts elementwise.
+
+==================  ==========================  ====================================================
+rule                epsilon                     the maximiser of $g \cdot \epsilon$ over
+==================  ==========================  ====================================================
+`sam`               rho g / |g|                 the ball $\|\epsilon\| \le \rho$
+`asam`              rho T² g / |T g|            the ellipsoid $\|T^{-1} \epsilon\| \le \rho$
+`sam_linf`          rho sign(g)                 the cube, each entry at most rho
+`unnormalized`      rho g                       the ball of radius rho |g|
+`random_direction`  rho z / |z|, z Gaussian     none: the control
+==================  ==========================  ====================================================
+
+What all rules keep:
+
+- `rho` is one number, or one a tensor: then each tensor's part of epsilon is scaled by its own.
+- Where the gradient is zero, or is not finite, epsilon is zero everywhere, never NaN.
+- Norms are taken in float32 or better, and epsilon is float32 where a parameter is of half
+  precision: in float16 the factor rho / |g| would overflow.
+- Nothing waits for an accelerator: the norm is never read by the host.
+- Sharded parameters (`DTensor`) have the norm of the whole, not that of a shard.
+
+To add a rule, write a function like these; arguments of its own are bound by `functools.partial`,
+as in ``SAM(optimizer, 0.5, rule=partial(asam, eta=0.0))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Rule",
+    "asam",
+    "global_norm",
+    "is_weight",
+    "random_direction",
+    "sam",
+    "sam_linf",
+    "unnormalized",
+]
+
+Radius = float | Sequence[float]
+Rule = Callable[..., list[Tensor]]
+"""`rule(params, grads, rho)` returns the perturbation, one tensor a parameter."""
+
+
+def sam(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
+    r"""Sharpness-aware minimization: $\epsilon = \rho\, g / \|g\|$.
+
+    The maximiser of the loss, linearised at $w$, over the ball $\|\epsilon\|_2 \le \rho$.
+
+    Source: Foret et al. 2021, equation 2 with p = 2 (arXiv:2010.01412).
+
+    Example:
+        >>> w, g = torch.zeros(2), torch.tensor([3.0, 4.0])
+        >>> sam([w], [g], rho=0.5)
+        [tensor([0.3000, 0.4000])]
+    """
+    grads = _wide(grads)
+    return _scaled(grads, rho, global_norm(grads))
+
+
+def is_weight(p: Tensor) -> bool:
+    """Whether a parameter has two axes or more: weights have, biases and norm scales do not."""
+    return p.ndim > 1
+
+
+def asam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: Radius,
+    *,
+    eta: float = 0.01,
+    adaptive: Callable[[Tensor], bool] = is_weight,
+) -> list[Tensor]:
+    r"""Adaptive SAM: $\epsilon = \rho\, T^2 g / \|T g\|$.
+
+    $T = |w| + \eta$ elementwise for the adaptive parameters and 1 for the others. The radius then
+    scales with the weights: with eta = 0 and biases adaptive too, multiplying one layer of a ReLU
+    network and dividing the next changes the perturbed loss in nothing.
+
+    Args:
+        eta: keeps weights near zero from being out of reach; at least 0.
+        adaptive: which parameters adapt. By default those with two axes or more; the authors' code
+            takes every parameter that has 'weight' in its name, the scales of norm layers too,
+            and other ports take all, for which the best rho is several times larger.
+
+    Raises:
+        ValueError: eta is negative.
+
+    Source: Kwon et al. 2021, with element-wise normalisation and p = 2 (arXiv:2102.11600).
+    """
+    if not eta >= 0:
+        raise ValueError(f"eta must be at least 0, got {eta!r}")
+    grads = _wide(grads)
+    T = [
+        w.detach().to(g.dtype).abs() + eta if adaptive(w) else None
+        for w, g in zip(params, grads, strict=True)
+    ]
+    stretched = [g if t is None else t * g for t, g in zip(T, grads, strict=True)]
+    length = global_norm(stretched)
+    twice = [g if t is None else t * g for t, g in zip(T, stretched, strict=True)]
+    return _scaled(twice, rho, length)
+
+
+def sam_linf(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
+    r"""SAM over a cube: $\epsilon = \rho\, \mathrm{sign}(g)$.
+
+    The maximiser of the linearised loss where every entry of epsilon is at most rho.
+
+    Source: Foret et al. 2021, equation 2 with p = infinity (arXiv:2010.01412).
+    """
+    grads = _wide(grads)
+    return _scaled([g.sign() for g in grads], rho, global_norm(grads), unit=True)
+
+
+def unnormalized(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
+    r"""SAM without normalisation: $\epsilon = \rho\, g$, of length $\rho \|g\|$.
+
+    The one rule here that depends on the scale of the loss: give `SAM.perturbed` the scale where a
+    GradScaler has multiplied it.
+
+    Source: Andriushchenko & Flammarion 2022 (arXiv:2206.06232).
+    """
+    grads = _wide(grads)
+    return _scaled(grads, rho, global_norm(grads), unit=True)
+
+
+def random_direction(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: Radius,
+    *,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    r"""A direction drawn at random: $\epsilon = \rho\, z / \|z\|$ with Gaussian $z$.
+
+    The control for `sam`: as long, but blind. In P dimensions it has a part of only about
+    $\rho / \sqrt{P}$ along the gradient.
+
+    Args:
+        generator: the source of z. One on the CPU gives the same z for parameters on any device,
+            which then has to wait for the copy.
+
+    Raises:
+        TypeError: a parameter is sharded: the shards of z would have to be drawn together.
+    """
+    if any(hasattr(p, "full_tensor") for p in params):
+        raise TypeError("random_direction does not know sharded parameters (DTensor)")
+    grads = _wide(grads)
+    z = [
+        torch.randn(g.shape, generator=generator, device=generator.device, dtype=g.dtype).to(g)
+        for g in grads
+    ]
+    # the gradient decides here too whether there is a step at all
+    usable = _usable(global_norm(grads))
+    return _scaled(z, rho, torch.where(usable, global_norm(z), 0))
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors together, a 0-dim tensor, in float32 or better.
+
+    Where the tensors are sharded it is the norm of the whole, the same on every process. It is not
+    read by the host: on an accelerator nothing waits for it.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if not tensors:
+        raise ValueError("global_norm needs at least one tensor, got none")
+    norms = torch._foreach_norm(_wide(tensors), 2)
+    device = norms[0].device
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+
+def _usable(norm: Tensor) -> Tensor:
+    # in a norm below this the squares have underflown, and rho / norm could overflow
+    return torch.isfinite(norm) & (norm > torch.finfo(norm.dtype).smallest_normal ** 0.5)
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Half precision as float32, all others as they are."""
+    half = (torch.float16, torch.bfloat16)
+    return [t.detach().float() if t.dtype in half else t.detach() for t in tensors]
+
+
+def _scaled(
+    direction: Sequence[Tensor], rho: Radius, norm: Tensor, unit: bool = False
+) -> list[Tensor]:
+    """``rho * direction / norm``; without the division if `unit`; zeros for an unusable norm."""
+    usable = torch.isfinite(norm) if unit else _usable(norm)
+
+    def factor(radius: float) -> Tensor:
+        return torch.where(usable, torch.full_like(norm, radius) if unit else radius / norm, 0)
+
+    if isinstance(rho, Sequence):
+        each = {radius: factor(radius) for radius in set(rho)}
+        scaled = [d * each[radius].to(d.device) for d, radius in zip(direction, rho, strict=True)]
+    elif len({d.device for d in direction}) == 1:
+        scaled = list(torch._foreach_mul(list(direction), factor(rho)))
+    else:
+        scaled = [d * factor(rho).to(d.device) for d in direction]
+    # zero times infinity is not zero, so those entries have to be chosen, not multiplied
+    if usable.device.type == "cpu":  # the host knows already, and nothing waits
+        return scaled if usable else [torch.zeros_like(e) for e in scaled]
+    return [torch.where(usable.to(e.device), e, 0) for e in scaled]

@@ -1,0 +1,69 @@
+"""What a pass over the data changes besides gradients: random state and buffers, kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "kept_buffers"]
+
+
+class RandomState:
+    """The state of every generator that a closure may draw from, as it is now.
+
+    Those are the global ones of torch (CPU, and of the given devices), Python and NumPy, and the
+    given generators.
+    """
+
+    def __init__(
+        self, devices: Iterable[torch.device] = (), generators: Iterable[torch.Generator] = ()
+    ) -> None:
+        self._states: list[tuple[Callable[[Any], Any], Any]] = [
+            (torch.set_rng_state, torch.get_rng_state()),
+            (random.setstate, random.getstate()),
+            (np.random.set_state, np.random.get_state()),
+        ]
+        self._states += [(g.set_state, g.get_state()) for g in generators]
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                self._states.append(_device_state(device))
+
+    def restore(self) -> None:
+        """Put the state back; any number of times."""
+        for setter, state in self._states:
+            setter(state)
+
+
+def _device_state(device: torch.device) -> tuple[Callable[[Any], Any], Any]:
+    module = torch.get_device_module(device)
+    where = () if device.type == "mps" else (device,)
+    return lambda state: module.set_rng_state(state, *where), module.get_rng_state(*where)
+
+
+@contextmanager
+def kept_buffers(model: nn.Module | None) -> Iterator[None]:
+    """Inside, the model works on copies of its buffers; afterwards it has its own ones again.
+
+    The original tensors are not written to, so they need no copying back, and what autograd or a
+    compiled graph knows of them stays true. Without a model, nothing happens.
+    """
+    modules = list(model.modules()) if model is not None else []
+    buffers = [dict(module._buffers) for module in modules]
+    try:
+        copies: dict[int, Tensor | None] = {id(None): None}
+        for module, own in zip(modules, buffers, strict=True):
+            for name, buffer in own.items():
+                if buffer is not None and id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
+        yield
+    finally:
+        for module, own in zip(modules, buffers, strict=True):
+            module._buffers.clear()
+            module._buffers.update(own)
