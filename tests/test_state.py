@@ -1,0 +1,179 @@
+"""Random state and buffers are as they were."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sam_lab.state import RandomState, kept_buffers
+
+X = torch.linspace(-1, 1, 24).reshape(8, 3)
+
+
+def draws(*generators):
+    return (
+        torch.rand(2).tolist(),
+        random.random(),
+        float(np.random.rand()),
+        *(torch.rand(2, generator=g).tolist() for g in generators),
+    )
+
+
+def test_restoring_repeats_every_global_stream_and_the_given_generators_any_number_of_times():
+    generator = torch.Generator().manual_seed(1)
+    state = RandomState(generators=[generator])
+    first = draws(generator)
+    for _ in range(2):
+        assert draws(generator) != first
+        state.restore()
+        assert draws(generator) == first
+
+
+def test_a_generator_that_was_not_given_goes_on():
+    generator = torch.Generator().manual_seed(1)
+    state = RandomState()
+    first = draws(generator)
+    state.restore()
+    assert draws(generator)[:-1] == first[:-1]
+    state.restore()
+    assert draws(generator)[-1] != first[-1]
+
+
+def test_devices_without_random_numbers_of_their_own_are_no_error():
+    state = RandomState([torch.device("cpu"), torch.device("meta")])
+    first = draws()
+    state.restore()
+    assert draws() == first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_the_stream_of_the_device_is_kept_too():
+    device = torch.device("cuda", torch.cuda.current_device())
+    state = RandomState([device])
+    first = torch.rand(2, device=device)
+    state.restore()
+    assert torch.equal(first, torch.rand(2, device=device))
+
+
+def held(model):
+    """Buffers by name, as objects and as values."""
+    return {
+        name: (b, None if b is None else (b.clone(), b._version))
+        for module_name, module in model.named_modules()
+        for name, b in ((f"{module_name}.{n}", b) for n, b in module._buffers.items())
+    }
+
+
+def assert_held(before, model):
+    after = held(model)
+    assert list(after) == list(before)
+    for name, (b, was) in before.items():
+        assert after[name][0] is b, f"{name} is another tensor"
+        if was is not None:
+            assert torch.equal(was[0], b) and was[1] == b._version, f"{name} was written to"
+
+
+class Counter(nn.Module):
+    """Replaces its buffer, as modules of users do, instead of writing to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        self.seen = self.seen + x.detach().mean(0)
+        return x
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError, KeyboardInterrupt])
+def test_the_buffers_of_every_kind_are_the_same_tensors_as_before_and_not_written_to(failure):
+    model = nn.Sequential(
+        Counter(),
+        nn.BatchNorm1d(3),
+        nn.BatchNorm1d(3, momentum=None),
+        nn.BatchNorm1d(3, track_running_stats=False),
+        nn.Unflatten(1, (3, 1)),
+        nn.InstanceNorm1d(3, track_running_stats=True),
+    )
+    x = X.unsqueeze(-1).expand(-1, -1, 2)
+    model[5](x)
+    before = held(model)
+
+    def run():
+        with kept_buffers(model):
+            model[:4](X)
+            model[5](x)
+            assert model[0].seen.any() and model[1].num_batches_tracked == 1  # on copies
+            model.register_buffer("stray", torch.ones(1))
+            del model[0].nothing
+            if failure is not None:
+                raise failure("in the middle")
+
+    if failure is None:
+        run()
+    else:
+        with pytest.raises(failure):
+            run()
+    assert_held(before, model)
+
+
+def test_copies_start_from_the_present_values_and_keep_dtype_and_sharing():
+    model = nn.Sequential(nn.BatchNorm1d(3), Counter())
+    model(X)
+    model[1].also = model[0].running_mean
+    model[1].register_buffer("shared", model[0].running_mean)
+    values = {name: b.clone() for name, b in model.named_buffers()}
+    with kept_buffers(model):
+        assert model[1].shared is model[0].running_mean
+        assert model[1].shared is not model[1].also
+        for name, b in model.named_buffers():
+            assert torch.equal(b, values[name]) and b.dtype == values[name].dtype
+    assert model[1].shared is model[0].running_mean is model[1].also
+
+
+def test_buffers_that_are_not_saved_stay_out_of_the_state_dict():
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(2))
+    model.register_buffer("b", torch.zeros(2), persistent=False)
+    with kept_buffers(model):
+        assert list(model.state_dict()) == ["a"]
+    assert list(model.state_dict()) == ["a"]
+
+
+def test_blocks_can_be_nested():
+    model = nn.BatchNorm1d(3)
+    before = held(model)
+    with kept_buffers(model):
+        model(X)
+        with kept_buffers(model):
+            model(X)
+            assert model.num_batches_tracked == 2
+        assert model.num_batches_tracked == 1
+    assert_held(before, model)
+
+
+def test_a_buffer_that_cannot_be_copied_leaves_all_as_they_were(monkeypatch):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    before = held(model)
+    calls = iter(range(10))
+    clone = torch.Tensor.clone
+
+    def fails(self, *args, **kwargs):
+        if next(calls) == 4:
+            raise MemoryError("no room for a copy")
+        return clone(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", fails)
+        with pytest.raises(MemoryError), kept_buffers(model):
+            raise AssertionError("the block must not run")
+    assert_held(before, model)
+
+
+def test_without_a_model_nothing_happens():
+    with kept_buffers(None):
+        ran = True
+    assert ran
