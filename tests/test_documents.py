@@ -1,11 +1,14 @@
 """README, citation and licence say what is so."""
 
+import copy
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]
@@ -15,9 +18,15 @@ URL = CONFIG["repository"]["url"]
 BRANCH = CONFIG["repository"]["branch"]
 
 
+def snippets(title: str) -> list[str]:
+    """The Python under a heading of the README."""
+    section = README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+
+
 @pytest.mark.slow
 def test_the_ten_lines_of_the_readme_run_and_show_the_edge():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (snippet,) = snippets("The library in ten lines")
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 16
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", snippet], capture_output=True, text=True, cwd=ROOT
@@ -28,6 +37,43 @@ def test_the_ten_lines_of_the_readme_run_and_show_the_edge():
     assert first[2] < 0.75 * first[3]  # the sharpness begins below 2 / lr …
     assert last[2] == pytest.approx(last[3], rel=0.15)  # … and ends at it
     assert last[1] < first[1]  # while the loss has fallen
+
+
+def test_the_three_lines_of_the_readme_are_two_passes_and_a_step():
+    model, loss_fn = torch.nn.Linear(3, 2), torch.nn.MSELoss()
+    x, y = torch.rand(8, 3), torch.rand(8, 2)
+    w, params = copy.deepcopy(model), list(model.parameters())
+    namespace = {"model": model, "loss_fn": loss_fn, "x": x, "y": y}
+    namespace["optimizer"] = torch.optim.SGD(params, lr=0.5)
+    exec(snippets("SAM in your own training loop")[0], namespace)
+    clean = loss_fn(w(x), y)
+    assert namespace["loss"].item() == clean.item()
+    grads = torch.autograd.grad(clean, list(w.parameters()))
+    length = torch.cat([g.flatten() for g in grads]).norm()
+    there = {
+        name: p + 0.05 * g / length
+        for (name, p), g in zip(w.named_parameters(), grads, strict=True)
+    }
+    perturbed = loss_fn(torch.func.functional_call(w, there, x), y)
+    grads = torch.autograd.grad(perturbed, list(w.parameters()))
+    for p, old, g in zip(params, w.parameters(), grads, strict=True):
+        torch.testing.assert_close(p, old - 0.5 * g)
+
+
+def test_the_training_loop_of_the_readme_runs_as_printed(capsys):
+    namespace: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(snippets("SAM in your own training loop")[1], namespace)
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 20
+    assert losses[-1] < 0.5 * losses[0]
+    model, sam = namespace["model"], namespace["sam"]
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert 70 < sam.steps <= 80  # on a GPU the scaler may skip some while it finds its scale
+    # four micro-batches a step, and those of the second pass are not counted
+    assert model[1].num_batches_tracked == 4 * 80
+    assert namespace["scheduler"].get_last_lr() == [pytest.approx(0, abs=1e-9)]
 
 
 @pytest.mark.parametrize("name", ["README.md", "CITATION.cff", "pyproject.toml", "CONTRIBUTING.md"])
