@@ -40,7 +40,7 @@ lint: $(STAMP) ## ruff: lint and format
 types: $(STAMP) ## mypy on the library
 	$(BIN)/mypy sam_lab
 
-bench: $(BENCH) ## measure the curvature tools against scipy, PyHessian and others
+bench: $(BENCH) ## measure the curvature tools and SAM against their peers, in about 20 minutes
 	@$(BIN)/python -m benchmarks
 
 clean: ## remove what was built; .venv stays

@@ -25,33 +25,19 @@ as it can. Peers are called in the way that is cheapest for them: curvlinops wit
 checks of the data.
 """
 
-import argparse
 import copy
-import importlib.metadata
-import os
-import platform
 import statistics
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import sam_lab
+from benchmarks.common import Benchmark, quiet, say, seconds, version_of
 from sam_lab import Hessian, SharpnessTracker, _optional, data, models
-from sam_lab.curvature import ConvergenceWarning
-from sam_lab.experiments.result import plain, seal, unseal, write_whole
-
-SCHEMA = "sam_lab.benchmark.curvature/1"
-DEFAULT_OUT = Path("book") / "results" / "bench_curvature.json"
 
 
 @dataclass(frozen=True)
@@ -349,32 +335,8 @@ PRODUCTS: tuple[tuple[str, str, str | None, Callable[[Problem], Callable]], ...]
 # --- the tables -------------------------------------------------------------------------------
 
 
-def version_of(package: str) -> str | None:
-    """The installed version, None where the package is missing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Processor seconds, which do not count what other programs take in between."""
-    start = time.process_time()
-    action()
-    return time.process_time() - start
-
-
 def median_seconds(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds(action) for _ in range(repeats))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings that peers cause in torch; ours go through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", ConvergenceWarning)
-        yield
 
 
 def product_table(problem: Problem, repeats: int) -> list[dict[str, Any]]:
@@ -559,9 +521,8 @@ def _tracking_row(
 # --- all of it --------------------------------------------------------------------------------
 
 
-def run(config: Config, command: str = "python -m benchmarks") -> dict[str, Any]:
-    """All three tables, with the versions and the machine they were made with."""
-    begin = time.perf_counter()
+def run(config: Config) -> dict[str, Any]:
+    """All three tables."""
     problems = []
     for loss, lr, steps in (("CE", 0.4, config.ce_steps), ("MSE", 0.15, config.mse_steps)):
         for seed in range(config.seeds):
@@ -569,49 +530,20 @@ def run(config: Config, command: str = "python -m benchmarks") -> dict[str, Any]
             for _ in range(steps):
                 problem.step(lr)
             problems.append(problem)
-    _say("products of the Hessian with one vector")
+    say("products of the Hessian with one vector")
     products = product_table(problems[0], repeats=10 * config.starts)
-    _say("eigenvalues from a random start")
+    say("eigenvalues from a random start")
     cold = cold_table(problems, config.starts)
-    _say("eigenvalues along gradient descent")
+    say("eigenvalues along gradient descent")
     tracking = tracking_table(config)
-    peers = {m.package: version_of(m.package) for m in METHODS if m.package}
-    return plain(
-        {
-            "schema": SCHEMA,
-            "config": asdict(config),
-            "parameters": sum(p.numel() for p in problems[0].params),
-            "peers": peers,
-            "products": products,
-            "cold": cold,
-            "tracking": tracking,
-            "provenance": {
-                "sam_lab": sam_lab.__version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                "scipy": version_of("scipy"),
-                "device": "cpu",
-                "machine": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "command": command,
-                "seconds": round(time.perf_counter() - begin, 1),
-                "date": datetime.now(UTC).date().isoformat(),
-            },
-        },
-        "benchmark",
-    )
-
-
-def save(result: dict[str, Any], path: Path) -> Path:
-    """Write the result as one JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, seal(result))
-
-
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a result; `ResultError` if it is damaged, changed or of another schema."""
-    return unseal(Path(path).read_bytes(), SCHEMA)
+    return {
+        "config": asdict(config),
+        "parameters": sum(p.numel() for p in problems[0].params),
+        "peers": {m.package: version_of(m.package) for m in METHODS if m.package},
+        "products": products,
+        "cold": cold,
+        "tracking": tracking,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -664,25 +596,11 @@ def _number(value: float | None, form: str) -> str:
     return " " * (width - 1) + "-" if value is None else format(value, form)
 
 
-def _say(what: str) -> None:
-    print(f"{what} ...", file=sys.stderr, flush=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--out", type=Path, help=f"result file (default {DEFAULT_OUT.as_posix()})")
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny problem, to see that it runs; no default file"
-    )
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    config = QUICK if options.quick else Config()
-    result = run(config, "python -m benchmarks" + (" --quick" if options.quick else ""))
-    print(table(result))
-    out = options.out or (None if options.quick else DEFAULT_OUT)
-    if out:
-        save(result, out)
-        print(f"\nwritten to {out}")
-    return 0
+BENCHMARK = Benchmark(
+    name="curvature",
+    about="the largest Hessian eigenvalues: products, seconds and true errors",
+    schema="sam_lab.benchmark.curvature/1",
+    measure=lambda quick: run(QUICK if quick else Config()),
+    table=table,
+    packages=("scipy",),
+)

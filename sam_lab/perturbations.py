@@ -99,15 +99,16 @@ def asam(
     """
     if not eta >= 0:
         raise ValueError(f"eta must be at least 0, got {eta!r}")
-    grads = _wide(grads)
-    T = [
-        w.detach().to(g.dtype).abs() + eta if adaptive(w) else None
-        for w, g in zip(params, grads, strict=True)
-    ]
-    stretched = [g if t is None else t * g for t, g in zip(T, grads, strict=True)]
-    length = global_norm(stretched)
-    twice = [g if t is None else t * g for t, g in zip(T, stretched, strict=True)]
-    return _scaled(twice, rho, length)
+    epsilon = _wide(grads)
+    which = [i for i, w in enumerate(params) if adaptive(w)]
+    T = [params[i].detach().to(epsilon[i].dtype).abs() + eta for i in which]
+    for i, t in zip(which, T, strict=True):
+        epsilon[i] = t * epsilon[i]
+    length = global_norm(epsilon)
+    for i, t in zip(which, T, strict=True):
+        epsilon[i].mul_(t)
+    del T
+    return _scaled(epsilon, rho, length)
 
 
 def sam_linf(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
@@ -177,7 +178,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
         raise ValueError("global_norm needs at least one tensor, got none")
     norms = torch._foreach_norm(_wide(tensors), 2)
     device = norms[0].device
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    if any(norm.device != device for norm in norms):
+        norms = tuple(norm.to(device) for norm in norms)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total.full_tensor() if hasattr(total, "full_tensor") else total
 
 
@@ -189,7 +192,8 @@ def _usable(norm: Tensor) -> Tensor:
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Half precision as float32, all others as they are."""
     half = (torch.float16, torch.bfloat16)
-    return [t.detach().float() if t.dtype in half else t.detach() for t in tensors]
+    plain = [t.detach() if t.requires_grad else t for t in tensors]
+    return [t.float() if t.dtype in half else t for t in plain]
 
 
 def _scaled(

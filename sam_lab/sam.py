@@ -134,6 +134,8 @@ class SAM:
         self._skipped = 0
         self._unread: Tensor | None = None  # skipped on an accelerator, not yet asked for
         self._inside = False
+        modules = () if model is None else model.modules()
+        self._sharded: list[Any] = [module for module in modules if hasattr(module, "reshard")]
         self._radii()
         if not dither and any(p.dtype in HALF for p in self.params):
             warnings.warn(
@@ -232,7 +234,10 @@ class SAM:
             stack.callback(self._restore, params, saved)
             self._inside = True
             with torch.no_grad():
-                saved.extend(p.clone() for p in params)
+                copies = [torch.empty_like(p) for p in params]
+                if params:
+                    torch._foreach_copy_(copies, params)
+                saved.extend(copies)  # from here on there is something to restore
                 self._add(params, epsilon)
             del epsilon
             self._forget_copies()
@@ -454,7 +459,7 @@ class SAM:
                     f"{tuple(g.shape)}"
                 )
             params.append(p)
-            directions.append(g.detach())
+            directions.append(g)
             radii.append(radius)
         if not params:
             return [], []
@@ -488,7 +493,7 @@ class SAM:
 
     def _restore(self, params: list[Tensor], saved: list[Tensor]) -> None:
         with torch.no_grad():
-            if saved and len(saved) == len(params):  # else nothing had been moved yet
+            if saved:
                 torch._foreach_copy_(params, saved)
         self._forget_copies()
         self._inside = False
@@ -496,10 +501,8 @@ class SAM:
     def _forget_copies(self) -> None:
         """Drop the copies that a forward would take in place of weights that have changed."""
         torch.clear_autocast_cache()  # a surrounding autocast block keeps low-precision ones
-        for module in self.model.modules() if self.model is not None else ():
-            reshard: Any = getattr(module, "reshard", None)
-            if reshard is not None:  # FSDP2 keeps the root's gathered ones after a forward
-                reshard()
+        for module in self._sharded:  # FSDP2 keeps the root's gathered ones after a forward
+            module.reshard()
 
     def _radii(self) -> list[float]:
         """The radius of each of `params`."""

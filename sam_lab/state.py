@@ -27,7 +27,7 @@ class RandomState:
         self._states: list[tuple[Callable[[Any], Any], Any]] = [
             (torch.set_rng_state, torch.get_rng_state()),
             (random.setstate, random.getstate()),
-            (np.random.set_state, np.random.get_state()),
+            (np.random.set_state, np.random.get_state(legacy=False)),
         ]
         self._states += [(g.set_state, g.get_state()) for g in generators]
         for device in devices:
@@ -53,17 +53,18 @@ def kept_buffers(model: nn.Module | None) -> Iterator[None]:
     The original tensors are not written to, so they need no copying back, and what autograd or a
     compiled graph knows of them stays true. Without a model, nothing happens.
     """
-    modules = list(model.modules()) if model is not None else []
-    buffers = [dict(module._buffers) for module in modules]
+    modules = model.modules() if model is not None else ()
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     try:
         copies: dict[int, Tensor | None] = {id(None): None}
-        for module, own in zip(modules, buffers, strict=True):
+        for live, own in buffers:
             for name, buffer in own.items():
                 if buffer is not None and id(buffer) not in copies:
                     copies[id(buffer)] = buffer.detach().clone()
-                module._buffers[name] = copies[id(buffer)]
+                live[name] = copies[id(buffer)]
         yield
     finally:
-        for module, own in zip(modules, buffers, strict=True):
-            module._buffers.clear()
-            module._buffers.update(own)
+        for live, own in buffers:
+            if live or own:  # a module may have made its first one inside
+                live.clear()
+                live.update(own)

@@ -223,7 +223,9 @@ def without_paths(text: str, root: Path = ROOT) -> str:
 def environment_key(root: Path = ROOT) -> str:
     """A hash of everything but its own cells that the outputs of a notebook depend on."""
     digest = hashlib.sha256()
-    files = [root / "constraints.txt", *(root / "sam_lab").rglob("*")]
+    files = [root / "constraints.txt"]
+    for package in ("sam_lab", "benchmarks"):
+        files += (root / package).rglob("*")
     files += (root / "book" / "results").glob("*.json")
     for path in sorted(files):
         if path.is_file() and path.suffix not in {".pyc", ".tmp"}:
