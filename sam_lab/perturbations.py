@@ -46,6 +46,7 @@ __all__ = [
     "unnormalized",
 ]
 
+HALF = (torch.float16, torch.bfloat16)
 Radius = float | Sequence[float]
 Rule = Callable[..., list[Tensor]]
 """`rule(params, grads, rho)` returns the perturbation, one tensor a parameter."""
@@ -191,9 +192,8 @@ def _usable(norm: Tensor) -> Tensor:
 
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Half precision as float32, all others as they are."""
-    half = (torch.float16, torch.bfloat16)
     plain = [t.detach() if t.requires_grad else t for t in tensors]
-    return [t.float() if t.dtype in half else t for t in plain]
+    return [t.float() if t.dtype in HALF else t for t in plain]
 
 
 def _scaled(

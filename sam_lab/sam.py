@@ -33,13 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_lab.perturbations import Rule, global_norm, sam
+from sam_lab.perturbations import HALF, Rule, global_norm, sam
 from sam_lab.state import RandomState, kept_buffers
 
 __all__ = ["SAM"]
 
 Closure = Callable[[], Tensor]
-HALF = (torch.float16, torch.bfloat16)
 
 
 class SAM:

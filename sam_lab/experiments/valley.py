@@ -23,6 +23,8 @@ $\rho\, h' / h$ and for $\mathrm{lr}\, h < 2$.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,10 @@ from sam_lab.sam import SAM
 __all__ = ["amplitude", "curvature", "drift", "loss", "trajectory"]
 
 
-def curvature(x: float) -> float:
+Number = TypeVar("Number", float, Tensor)
+
+
+def curvature(x: Number) -> Number:
     """Curvature across the ravine at (x, 0): 1 + x²."""
     return 1 + x * x
 
@@ -39,7 +44,7 @@ def curvature(x: float) -> float:
 def loss(w: Tensor) -> Tensor:
     """The loss at the points w (..., 2); one number a point."""
     x, y = w.unbind(-1)
-    return 0.5 * (1 + x * x) * y * y
+    return 0.5 * curvature(x) * y * y
 
 
 def trajectory(rho: float, lr: float, start: tuple[float, float], steps: int) -> Tensor:
