@@ -5,12 +5,14 @@ numbers can be traced. Needs torch and numpy alone; everything else is imported 
 """
 
 from sam_lab.curvature import Hessian
+from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, heavy_ball_edge, sam_edge
 from sam_lab.tracker import SharpnessTracker
 
 __all__ = [
     "SAM",
+    "EdgeRecorder",
     "Hessian",
     "SharpnessTracker",
     "__version__",

@@ -135,7 +135,7 @@ class SAM:
         self._inside = False
         modules = () if model is None else model.modules()
         self._sharded: list[Any] = [module for module in modules if hasattr(module, "reshard")]
-        self._radii()
+        self.radii()
         if not dither and any(p.dtype in HALF for p in self.params):
             warnings.warn(
                 "some parameters are of half precision, which rounds most of a perturbation away: "
@@ -186,7 +186,7 @@ class SAM:
                 f"closure must be a function or a list of functions, got {closure!r:.80}"
             )
         with torch.enable_grad():
-            if not any(self._radii()):
+            if not any(self.radii()):
                 self._clear()
                 loss = self._backward(closures)
             elif perturb == "batch" or len(closures) == 1:
@@ -257,6 +257,19 @@ class SAM:
         return [
             p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad
         ]
+
+    def radii(self) -> list[float]:
+        """The radius that the next step has for each of `params`."""
+        if callable(self.rho):
+            rho = _check_radius(f"rho({self.steps})", self.rho(self.steps))
+        else:
+            rho = _check_radius("rho", self.rho)
+        radii = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            own = None if "rho" in self.optimizer.defaults else group.get("rho")
+            radius = rho if own is None else _check_radius(f"rho of parameter group {i}", own)
+            radii += [radius for p in group["params"] if p.requires_grad]
+        return radii
 
     @property
     def skipped(self) -> int:
@@ -442,7 +455,7 @@ class SAM:
                 f"grads must have one entry for each of the {len(all_params)} parameters that "
                 f"require grad, got {len(grads)}"
             )
-        radii_of = self._radii()
+        radii_of = self.radii()
         if any(radii_of) and all(g is None for g in grads):
             raise RuntimeError(
                 "no parameter has a gradient: perturbed() needs a backward before it"
@@ -502,19 +515,6 @@ class SAM:
         torch.clear_autocast_cache()  # a surrounding autocast block keeps low-precision ones
         for module in self._sharded:  # FSDP2 keeps the root's gathered ones after a forward
             module.reshard()
-
-    def _radii(self) -> list[float]:
-        """The radius of each of `params`."""
-        if callable(self.rho):
-            rho = _check_radius(f"rho({self.steps})", self.rho(self.steps))
-        else:
-            rho = _check_radius("rho", self.rho)
-        radii = []
-        for i, group in enumerate(self.optimizer.param_groups):
-            own = None if "rho" in self.optimizer.defaults else group.get("rho")
-            radius = rho if own is None else _check_radius(f"rho of parameter group {i}", own)
-            radii += [radius for p in group["params"] if p.requires_grad]
-        return radii
 
     def _clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,265 @@
+r"""Sharpness and both stability edges, followed along any training loop.
+
+One line before the loop and one inside::
+
+    record = EdgeRecorder(sam, loss, every=10)
+    for _ in range(1000):
+        sam.step(loss)
+        record()
+
+    record["sharpness"] / record["sam_edge"]  # arrays, one entry a measurement
+
+What is recorded is the view of one step of the optimizer: the loss, its gradient $g$ and its top
+Hessian eigenpair $(\lambda_1, v_1)$ at the weights $w$ from which the next step starts, the
+gradient that SAM takes instead, and the two edges that the step's learning rate, rho and $|g|$ put
+on $\lambda_1$. Which loss is meant is the closure's choice. With minibatches these are different
+questions: a closure over the current batch asks whether *this step* bounces, a closure over a large
+fixed batch whether training as a whole sits in a valley that sharp. Two recorders answer both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sam_lab.curvature import Hessian
+from sam_lab.eigensolvers import inner
+from sam_lab.objective import check_integer
+from sam_lab.perturbations import sam as sam_rule
+from sam_lab.perturbations import unnormalized
+from sam_lab.sam import SAM
+from sam_lab.stability import gd_edge, sam_edge
+from sam_lab.tracker import SharpnessTracker
+
+__all__ = ["COLUMNS", "EdgeRecorder"]
+
+COLUMNS = (
+    "step",
+    "loss",
+    "sharpness",
+    "residual",
+    "grad_norm",
+    "gd_edge",
+    "sam_edge",
+    "grad_align",
+    "sam_align",
+    "rayleigh",
+)
+"""What a measurement consists of; see `EdgeRecorder`."""
+
+
+class EdgeRecorder:
+    r"""Records sharpness and stability edges of a training run, without disturbing it.
+
+    Args:
+        optimizer: a `SAM`, or a `torch.optim.SGD` alone (that is SAM with rho = 0).
+        closure: evaluates the loss at the current weights, as for `Hessian`; or a ready `Hessian`
+            of the same parameters, such as `Hessian.over(...)`.
+        every: optimizer steps from one measurement to the next.
+        tol: tolerance on the residual of the eigenpair, relative to the eigenvalue.
+        model: the module that the closure evaluates, as for `Hessian`; default that of the SAM.
+        seed: seed of the eigensolver's random starts.
+
+    Attributes:
+        columns: a list for each name, one entry a measurement:
+
+            ``step``: steps that the optimizer had taken; ``loss``; ``sharpness``: largest Hessian
+            eigenvalue; ``residual``: of that eigenpair, so that an eigenvalue lies within it;
+            ``grad_norm``: Euclidean norm of the gradient g; ``gd_edge``, ``sam_edge``: the edges of
+            the step without and with the perturbation; ``grad_align``, ``sam_align``:
+            \|cos\| of the angle between the top eigenvector and g, or SAM's gradient;
+            ``rayleigh``: g.Hg / \|g\|^2, the curvature along the gradient.
+
+        tracker: the `SharpnessTracker` that measures.
+
+    The edges are those of the step that the optimizer would take with its present settings. For
+    heavy-ball momentum m the learning rate counts as lr / (1 + m): there the bouncing flips sign
+    without growing (with SAM and a large m it may also settle elsewhere). Weight decay lowers both
+    edges by its coefficient (exactly for gradient descent; for SAM where the decay is small beside
+    the edge). For the rule `unnormalized` they are those of \|g\| = 1. For rules other than those
+    two no edge is known, and ``sam_edge`` is NaN; ``sam_align`` is NaN for rules that draw or
+    have a state, since measuring must not move them.
+
+    Raises:
+        TypeError: the optimizer is neither, or of another kind than SGD: no edge is known then;
+            `SharpnessTracker` follows the sharpness alone.
+        ValueError: an argument is not as described; the parameter groups differ in learning rate,
+            momentum, weight decay or rho; the optimizer uses Nesterov's momentum, dampening or
+            maximize.
+
+    Source: Long & Bartlett 2024 (arXiv:2309.12488); Cohen et al. 2021 (arXiv:2103.00065).
+
+    Example:
+        >>> w = torch.tensor([3.0, 1.0], requires_grad=True)
+        >>> loss = lambda: w[0] ** 2 + 0.5 * w[1] ** 2
+        >>> sam = SAM(torch.optim.SGD([w], lr=0.5), rho=0.5)
+        >>> record = EdgeRecorder(sam, loss)
+        >>> for _ in range(40):
+        ...     record()
+        ...     _ = sam.step(loss)
+        >>> round(float(record["sharpness"][-1] / record["sam_edge"][-1]), 3)
+        1.0
+    """
+
+    def __init__(
+        self,
+        optimizer: SAM | torch.optim.Optimizer,
+        closure: Callable[[], Tensor] | Hessian,
+        *,
+        every: int = 1,
+        tol: float = 1e-2,
+        model: nn.Module | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, SAM):
+            optimizer = SAM(_sgd(optimizer), rho=0.0, model=model)
+        _sgd(optimizer.optimizer)
+        self.sam = optimizer
+        if isinstance(closure, Hessian):
+            if model is not None:
+                raise ValueError("a Hessian brings its own model: leave model out")
+            if [id(p) for p in closure.params] != [id(p) for p in self.sam.params]:
+                raise ValueError(
+                    "the Hessian must be over the optimizer's parameters that require grad, in "
+                    "their order"
+                )
+            hessian = closure
+        else:
+            model = self.sam.model if model is None else model
+            hessian = Hessian(closure, self.sam.params, model)
+        self.tracker = SharpnessTracker(hessian, tol=tol, seed=seed)
+        self.every = check_integer("every", every, 1)
+        self.columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        self.seconds = 0.0
+        self._began = time.perf_counter()
+        self._edges(1.0)  # bad settings are an error here, not after a thousand steps
+
+    def __call__(self, now: bool = False) -> None:
+        """Measure, if the number of steps taken is a multiple of `every` and was not seen yet.
+
+        Args:
+            now: measure in any case, for instance after the last step.
+
+        Raises:
+            FloatingPointError: the loss is not finite: the run has diverged.
+        """
+        steps = self.sam.steps
+        seen = self.columns["step"]
+        if seen and seen[-1] == steps:
+            return
+        if steps % self.every and not now:
+            return
+        self._wait()
+        start = time.perf_counter()
+        row = {"step": steps, **self._measure()}
+        self._wait()
+        self.seconds += time.perf_counter() - start
+        for name, value in row.items():
+            self.columns[name].append(value)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The column of this name as an array, one entry a measurement."""
+        return np.array(self.columns[name])
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    @property
+    def share(self) -> float:
+        """Share of the time since the recorder was made that went into measuring."""
+        return self.seconds / (time.perf_counter() - self._began)
+
+    def _measure(self) -> dict[str, float]:
+        pairs = self.tracker.measure()
+        hessian = self.tracker.hessian
+        loss, g, v = hessian.loss(), hessian.gradient(), pairs.vectors[:, 0]
+        bent = hessian @ g
+        # all norms and angles from one matrix of inner products, summed in float64
+        rows = torch.stack([g, v, bent, self._sam_gradient(g)])
+        dot = inner(rows, rows).tolist()
+        norm = math.sqrt(dot[0][0])
+        before, after = self._edges(norm)
+        return {
+            "loss": loss,
+            "sharpness": float(pairs.values[0]),
+            "residual": float(pairs.residuals[0]),
+            "grad_norm": norm,
+            "gd_edge": before,
+            "sam_edge": after,
+            "grad_align": _cosine(dot, 0, 1),
+            "sam_align": _cosine(dot, 3, 1),
+            "rayleigh": dot[0][2] / dot[0][0] if norm else math.nan,
+        }
+
+    def _sam_gradient(self, g: Tensor) -> Tensor:
+        """The gradient at w + eps (P,); g itself where eps is 0, NaN where it cannot be known."""
+        sam, hessian = self.sam, self.tracker.hessian
+        if not any(sam.radii()):
+            return g
+        if sam.generator is not None or hasattr(sam.rule, "state_dict"):
+            return torch.full_like(g, math.nan)
+        pieces = g.split([p.numel() for p in sam.params])
+        grads = [piece.view_as(p) for p, piece in zip(sam.params, pieces, strict=True)]
+        with sam.perturbed(grads):
+            gradient = hessian.gradient()
+        hessian.reset()  # what it keeps is of w + eps
+        return gradient
+
+    def _edges(self, grad_norm: float) -> tuple[float, float]:
+        groups, radii = self.sam.optimizer.param_groups, self.sam.radii()
+        lr, momentum, decay = (
+            _common(name, [float(group[name]) for group in groups])
+            for name in ("lr", "momentum", "weight_decay")
+        )
+        rho = _common("rho", radii)
+        before = gd_edge(lr / (1 + momentum)) - decay
+        if not before > 0:
+            raise ValueError(
+                f"weight_decay must be below the edge, {before + decay:.4g}, got {decay:g}"
+            )
+        if self.sam.rule is unnormalized:
+            grad_norm = 1.0
+        if rho == 0:
+            return before, before
+        if self.sam.rule not in (sam_rule, unnormalized):
+            return before, math.nan
+        return before, sam_edge(2 / before, rho, grad_norm)
+
+    def _wait(self) -> None:
+        """An accelerator still at work on the steps must not be charged to the measurement."""
+        device = self.tracker.hessian.device
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+
+
+def _sgd(optimizer: Any) -> torch.optim.SGD:
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise TypeError(
+            "optimizer must be a SAM around torch.optim.SGD, or that SGD alone: no edge is known "
+            f"for {type(optimizer).__name__}; SharpnessTracker follows the sharpness alone"
+        )
+    for group in optimizer.param_groups:
+        for name in ("nesterov", "dampening", "maximize"):
+            if group[name]:
+                raise ValueError(
+                    f"no edge is known for SGD with {name}={group[name]}; leave it out, or follow "
+                    "the sharpness alone with SharpnessTracker"
+                )
+    return optimizer
+
+
+def _common(name: str, values: list[float]) -> float:
+    if len(set(values)) != 1:
+        raise ValueError(f"an edge needs one {name} for all parameters, got {sorted(set(values))}")
+    return values[0]
+
+
+def _cosine(dot: list[list[float]], i: int, j: int) -> float:
+    length = math.sqrt(dot[i][i] * dot[j][j])
+    return min(abs(dot[i][j]) / length, 1.0) if length else math.nan

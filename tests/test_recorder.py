@@ -1,0 +1,363 @@
+"""The recorder against dense linear algebra and closed forms, and that it disturbs nothing."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sam_lab import SAM, EdgeRecorder, Hessian, gd_edge, heavy_ball_edge, sam_edge
+from sam_lab.perturbations import asam, random_direction, unnormalized
+from sam_lab.recorder import COLUMNS
+
+
+def network(seed=0, batchnorm=False, dropout=False):
+    """A small float64 network, and its squared error on fixed data."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(12, 2, generator=generator, dtype=torch.float64)
+    torch.manual_seed(seed)
+    layers = [nn.Linear(4, 5), nn.Tanh()]
+    layers += [nn.BatchNorm1d(5)] * batchnorm + [nn.Dropout(0.3)] * dropout
+    model = nn.Sequential(*layers, nn.Linear(5, 2)).double()
+    return model, lambda: nn.functional.mse_loss(model(x), y)
+
+
+def flat(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def gradient(loss, params):
+    return flat(torch.autograd.grad(loss(), params))
+
+
+def dense_hessian(loss, params):
+    rows = []
+    grads = flat(torch.autograd.grad(loss(), params, create_graph=True))
+    for g in grads:
+        rows.append(flat(torch.autograd.grad(g, params, retain_graph=True)))
+    return torch.stack(rows)
+
+
+def quadratic(curvatures, start, lr=0.1, rho=0.0, **kw):
+    h = torch.tensor(curvatures, dtype=torch.float64)
+    w = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    sam = SAM(torch.optim.SGD([w], lr=lr, **kw), rho)
+    return w, sam, lambda: 0.5 * (h * w * w).sum()
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_a_measurement_agrees_with_dense_linear_algebra(rho):
+    model, loss = network()
+    params = list(model.parameters())
+    sam = SAM(torch.optim.SGD(params, lr=0.2), rho)
+    record = EdgeRecorder(sam, loss, tol=1e-8)
+    for _ in range(3):
+        sam.step(loss)
+    record()
+
+    g, hessian = gradient(loss, params), dense_hessian(loss, params)
+    values, vectors = torch.linalg.eigh(hessian)
+    v = vectors[:, -1]
+    epsilon = rho * g / g.norm()
+    start = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, part in zip(params, epsilon.split([p.numel() for p in params]), strict=True):
+            p += part.view_as(p)
+    above = gradient(loss, params)
+    with torch.no_grad():
+        for p, q in zip(params, start, strict=True):
+            p.copy_(q)
+
+    expected = {
+        "step": 3,
+        "loss": loss().item(),
+        "sharpness": values[-1].item(),
+        "grad_norm": g.norm().item(),
+        "gd_edge": 10.0,
+        "sam_edge": sam_edge(0.2, rho, g.norm().item()),
+        "grad_align": abs(g @ v / g.norm()).item(),
+        "sam_align": abs(above @ v / above.norm()).item(),
+        "rayleigh": (g @ hessian @ g / (g @ g)).item(),
+    }
+    for name, value in expected.items():
+        assert record.columns[name] == [pytest.approx(value, rel=1e-6)], name
+    assert record["residual"][0] <= 1e-7 * values[-1]
+
+
+def test_every_is_counted_in_steps_of_the_optimizer_wherever_the_call_stands():
+    _w, sam, loss = quadratic([2.0, 1.0], [1.0, 1.0], rho=0.1)
+    before, after = EdgeRecorder(sam, loss, every=3), EdgeRecorder(sam, loss, every=3)
+    for _ in range(7):
+        before()
+        before()  # at the same step: nothing new
+        sam.step(loss)
+        after()
+    assert before.columns["step"] == [0, 3, 6]
+    assert after.columns["step"] == [3, 6]
+    after(now=True)
+    after(now=True)
+    assert after.columns["step"] == [3, 6, 7]
+    assert len(after) == 3
+    assert set(after.columns) == set(COLUMNS)
+
+
+def trajectory(recorded, batchnorm=True):
+    """Weights, buffers, gradients and next random numbers after a run of SAM with momentum."""
+    model, loss = network(seed=1, batchnorm=batchnorm, dropout=True)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    sam = SAM(optimizer, 0.1, model)
+    record = EdgeRecorder(sam, loss, every=2)
+    for _ in range(6):
+        sam.step(loss)
+        if recorded:
+            record()
+    left = [*model.state_dict().values(), *(p.grad for p in model.parameters())]
+    return [t.clone() for t in left], torch.rand(3), np.random.rand(3), record
+
+
+def test_training_is_the_same_bit_for_bit_with_and_without_a_recorder():
+    with_it, torch_with, numpy_with, record = trajectory(True)
+    without, torch_without, numpy_without, _ = trajectory(False)
+    assert len(record) == 3
+    assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+    assert torch.equal(torch_with, torch_without)
+    assert np.array_equal(numpy_with, numpy_without)
+
+
+def test_a_random_rule_is_not_moved_and_has_no_known_edge():
+    def run(recorded):
+        w, _, loss = quadratic([2.0, 1.0], [1.0, 1.0])
+        generator = torch.Generator().manual_seed(0)
+        sam = SAM(torch.optim.SGD([w], lr=0.1), 0.1, rule=random_direction, generator=generator)
+        record = EdgeRecorder(sam, loss)
+        for _ in range(3):
+            sam.step(loss)
+            if recorded:
+                record()
+        return w.detach().clone(), record
+
+    (with_it, record), (without, _) = run(True), run(False)
+    assert torch.equal(with_it, without)
+    assert np.isnan(record["sam_edge"]).all()
+    assert np.isnan(record["sam_align"]).all()
+    assert record["gd_edge"].tolist() == [20.0] * 3
+
+
+def test_asam_has_an_aligned_gradient_but_no_known_edge():
+    w, _, loss = quadratic([2.0, 1.0], [1.0, 1.0])
+    record = EdgeRecorder(SAM(torch.optim.SGD([w], lr=0.1), 0.1, rule=asam), loss)
+    record()
+    assert math.isnan(record["sam_edge"][0])
+    assert 0 < record["sam_align"][0] <= 1
+
+
+def test_a_plain_optimizer_is_sam_with_radius_zero():
+    model, loss = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    record = EdgeRecorder(optimizer, loss)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        record()
+    assert record.columns["step"] == [1, 2]
+    assert record.columns["sam_edge"] == record.columns["gd_edge"] == [10.0, 10.0]
+    assert record["sam_align"] == pytest.approx(record["grad_align"])
+
+
+def test_the_edges_are_those_of_the_optimizers_present_settings():
+    _w, sam, loss = quadratic([2.0, 1.0], [1.0, 1.0], lr=0.1, momentum=0.5)
+    sam.rho = lambda step: 0.0 if step < 2 else 0.4
+    record = EdgeRecorder(sam, loss)
+    record()
+    sam.step(loss)
+    sam.optimizer.param_groups[0]["lr"] = 0.2
+    record()
+    sam.step(loss)
+    record()
+    assert record["gd_edge"].tolist() == pytest.approx(
+        [heavy_ball_edge(0.1, 0.5), *[heavy_ball_edge(0.2, 0.5)] * 2]
+    )
+    assert record["sam_edge"][:2].tolist() == record["gd_edge"][:2].tolist()
+    assert record["sam_edge"][2] == pytest.approx(sam_edge(0.2 / 1.5, 0.4, record["grad_norm"][2]))
+
+
+def test_unnormalized_sam_has_the_edge_of_a_gradient_of_length_one():
+    w, _, loss = quadratic([2.0, 1.0], [3.0, 1.0])
+    record = EdgeRecorder(SAM(torch.optim.SGD([w], lr=0.1), 0.2, rule=unnormalized), loss)
+    record()
+    assert record["sam_edge"][0] == pytest.approx(sam_edge(0.1, 0.2, 1.0))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_weight_decay_lowers_the_edge_by_its_coefficient(momentum):
+    decay, lr = 0.7, 0.5
+
+    def grows(curvature):
+        w, sam, loss = quadratic([curvature], [1.0], lr=lr, weight_decay=decay, momentum=momentum)
+        for _ in range(400):
+            sam.step(loss)
+        return abs(w.item()) > 1
+
+    _w, sam, loss = quadratic([1.0], [1.0], lr=lr, weight_decay=decay, momentum=momentum)
+    record = EdgeRecorder(sam, loss)
+    record()
+    edge = record["gd_edge"][0]
+    assert edge == pytest.approx(heavy_ball_edge(lr, momentum) - decay)
+    assert grows(1.02 * edge)
+    assert not grows(0.98 * edge)
+
+
+def test_a_vanished_gradient_is_recorded_without_angles():
+    _w, sam, loss = quadratic([2.0, 1.0], [0.0, 0.0], rho=0.1)
+    record = EdgeRecorder(sam, loss)
+    record()
+    assert record["sharpness"][0] == pytest.approx(2.0)
+    assert record["sam_edge"][0] == 0.0
+    assert math.isnan(record["grad_align"][0])
+    assert math.isnan(record["rayleigh"][0])
+
+
+def test_a_ready_hessian_over_batches_serves_as_the_closure():
+    model, _ = network()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(10, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(10, 2, generator=generator, dtype=torch.float64)
+
+    def loss_fn(x, y):
+        return nn.functional.mse_loss(model(x), y)
+
+    params = list(model.parameters())
+    sam = SAM(torch.optim.SGD(params, lr=0.1), 0.2)
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    parts = EdgeRecorder(sam, Hessian.over(batches, loss_fn, params), tol=1e-8)
+    whole = EdgeRecorder(sam, lambda: loss_fn(x, y), tol=1e-8)
+    parts()
+    whole()
+    for name in COLUMNS:
+        if name != "residual":
+            assert parts[name] == pytest.approx(whole[name], rel=1e-6), name
+
+
+def test_a_closure_that_reads_the_current_batch_is_seen_anew():
+    w, sam, _ = quadratic([1.0, 1.0], [1.0, 1.0])
+    scale = [1.0]
+    record = EdgeRecorder(sam, lambda: scale[0] * (3 * w[0] ** 2 + w[1] ** 2))
+    record(now=True)
+    scale[0] = 2.0
+    sam.step(lambda: w.sum())
+    record()
+    assert record["sharpness"].tolist() == pytest.approx([6.0, 12.0])
+    assert record["loss"][0] == pytest.approx(4.0)
+
+
+def test_the_share_of_time_lies_between_none_and_all_of_it():
+    _w, sam, loss = quadratic([2.0, 1.0], [1.0, 1.0])
+    record = EdgeRecorder(sam, loss)
+    assert record.share == 0
+    record()
+    assert 0 < record.share < 1
+    assert record.seconds > 0
+
+
+def test_a_fault_in_the_loss_leaves_weights_columns_and_recorder_usable():
+    w, sam, loss = quadratic([2.0, 1.0], [1.0, 1.0], rho=0.1)
+    calls = []
+
+    def failing():
+        calls.append(1)
+        if broken and len(calls) >= broken[0]:
+            raise OSError("disk")
+        return loss()
+
+    broken = []
+    record = EdgeRecorder(sam, failing)
+    record()
+    total = len(calls)
+    for after in range(1, total + 1):  # at every evaluation of a measurement, the perturbed one too
+        sam.step(loss)
+        held = w.detach().clone()
+        columns = {name: list(values) for name, values in record.columns.items()}
+        calls.clear()
+        broken[:] = [after]
+        try:
+            record()
+        except OSError:
+            assert record.columns == columns
+        assert torch.equal(w, held)
+        broken.clear()
+        record()
+        assert record.columns["step"][-1] == sam.steps
+
+
+def test_a_run_that_has_diverged_is_an_error():
+    _w, sam, loss = quadratic([2.0, 1.0], [1.0, math.inf])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        EdgeRecorder(sam, loss)()
+
+
+def made(optimizer=None, **kw):
+    w = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1) if optimizer is None else optimizer(w)
+    return EdgeRecorder(optimizer, kw.pop("closure", lambda: (w**2).sum()), **kw)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: made(lambda w: torch.optim.Adam([w])), TypeError, "for Adam"),
+        (lambda: made(lambda w: SAM(torch.optim.Adam([w]))), TypeError, "for Adam"),
+        (lambda: made(lambda w: "sgd"), TypeError, "for str"),
+        (
+            lambda: made(lambda w: torch.optim.SGD([w], 0.1, momentum=0.9, nesterov=True)),
+            ValueError,
+            "nesterov=True",
+        ),
+        (
+            lambda: made(lambda w: torch.optim.SGD([w], 0.1, momentum=0.9, dampening=0.5)),
+            ValueError,
+            "dampening=0.5",
+        ),
+        (lambda: made(lambda w: torch.optim.SGD([w], 0.1, maximize=True)), ValueError, "maximize"),
+        (
+            lambda: made(lambda w: torch.optim.SGD([w], 1.0, weight_decay=3.0)),
+            ValueError,
+            "weight_decay must be below the edge, 2, got 3",
+        ),
+        (lambda: made(every=0), ValueError, "every"),
+        (lambda: made(tol=0.0), ValueError, "tol"),
+        (lambda: made(closure=3), TypeError, "closure"),
+        (
+            lambda: made(closure=Hessian(lambda: torch.ones(1), [torch.ones(1).requires_grad_()])),
+            ValueError,
+            "optimizer's parameters",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_groups_that_differ_have_no_common_edge():
+    a, b = (torch.ones(1, requires_grad=True) for _ in "ab")
+    groups = [{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}]
+    with pytest.raises(ValueError, match=r"one lr for all parameters, got \[0.1, 0.2\]"):
+        EdgeRecorder(torch.optim.SGD(groups, lr=0.1), lambda: (a + b).sum())
+    groups = [{"params": [a], "rho": 0.1}, {"params": [b]}]
+    with pytest.raises(ValueError, match="one rho"):
+        EdgeRecorder(SAM(torch.optim.SGD(groups, lr=0.1), 0.3), lambda: (a + b).sum())
+
+
+def test_on_a_fixed_quadratic_sam_comes_to_its_edge_and_gradient_descent_does_not():
+    _w, sam, loss = quadratic([4.0, 1.0, 0.2], [1.0, 1.0, 1.0], lr=0.2, rho=0.5)
+    record = EdgeRecorder(sam, loss, every=10, tol=1e-6)
+    for _ in range(2000):
+        sam.step(loss)
+        record()
+    assert record["sharpness"][-1] / record["sam_edge"][-1] == pytest.approx(1, abs=1e-5)
+    assert record["gd_edge"][-1] == gd_edge(0.2)
