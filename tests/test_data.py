@@ -13,8 +13,13 @@ from scipy.ndimage import gaussian_filter1d
 
 from sam_lab import _optional, data
 
-OFFLINE = ("mnist_5k", "digits", "mnist1d")
-SHAPES = {"mnist_5k": (1, 28, 28), "digits": (1, 8, 8), "mnist1d": (1, 40)}
+OFFLINE = ("mnist_5k", "digits", "photos", "mnist1d")
+SHAPES = {
+    "mnist_5k": (1, 28, 28),
+    "digits": (1, 8, 8),
+    "photos": (3, 32, 32),
+    "mnist1d": (1, 40),
+}
 
 
 def counts(y: torch.Tensor) -> torch.Tensor:
@@ -122,7 +127,7 @@ def test_sizes_must_be_whole_numbers() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_names() -> None:
-    with pytest.raises(ValueError, match="mnist_5k, digits, mnist1d, mnist, cifar10.*'imagenet'"):
+    with pytest.raises(ValueError, match="digits, photos, mnist1d, mnist, cifar10.*'imagenet'"):
         data.load("imagenet")
 
 
@@ -161,6 +166,68 @@ class TestOneHot:
     def test_a_label_out_of_range_is_refused(self, label) -> None:
         with pytest.raises(ValueError, match="labels from 0 to 2"):
             data.one_hot(torch.tensor([0, label]), 3)
+
+
+class TestPhotos:
+    def test_default_sizes_and_scale(self) -> None:
+        d = data.load("photos")
+        assert counts(d.y).tolist() == counts(d.y_test).tolist() == [100] * 10
+        assert d.x.min() == 0 and d.x.max() == 1
+        assert d.x.std() > 0.2
+
+    def test_the_class_is_the_strip_and_the_set_the_side_of_the_border(self) -> None:
+        """Each patch is looked for in the photographs, by its pixels."""
+        images = _optional.require("sklearn.datasets", extra="book").load_sample_images().images
+        photographs = np.stack(images)
+        d = data.load("photos", train=30, test=30, seed=3)
+        for x, y, rows in ((d.x, d.y, range(0, 299)), (d.x_test, d.y_test, range(299, 427))):
+            for patch, label in zip((x * 255).round().to(torch.uint8), y.tolist(), strict=True):
+                wanted = patch.permute(1, 2, 0).numpy()
+                photo, strip = divmod(label, 5)
+                corner = (photographs[photo] == wanted[0, 0]).all(-1)
+                found = [
+                    (top, left)
+                    for top, left in np.argwhere(corner)
+                    if np.array_equal(photographs[photo, top : top + 32, left : left + 32], wanted)
+                ]
+                assert any(
+                    top in rows and top + 31 in rows and 128 * strip <= left <= 128 * strip + 96
+                    for top, left in found
+                )
+
+    def test_no_place_is_taken_twice_and_none_is_left_out(self, monkeypatch) -> None:
+        """With a number of its own for each pixel, and strips of which there is little."""
+        strips = np.arange(10 * 427 * 128, dtype=np.float64).reshape(10, 1, 427, 128)
+        monkeypatch.setattr(data, "_photographs", lambda: strips[:, :, 210:388, :34])
+        monkeypatch.setattr(data, "_BORDER", 89)
+        total = 10 * 58 * 3
+        x, y, x_test, y_test, *_ = data._photos(total, total, seed=0)
+        for patches, labels, top in ((x, y, 210), (x_test, y_test, 299)):
+            places = [
+                label * 427 * 128 + (top + row) * 128 + column
+                for label in range(10)
+                for row in range(58)
+                for column in range(3)
+            ]
+            assert sorted(patches[:, 0, 0, 0]) == places
+            assert np.array_equal(patches[:, 0, 0, 0] // (427 * 128), labels)
+
+    def test_the_size_of_one_set_does_not_change_the_other(self) -> None:
+        d = data.load("photos", train=20, test=500)
+        assert torch.equal(d.x, data.load("photos").x[:20])
+        assert torch.equal(d.x_test, data.load("photos", train=3000).x_test[:500])
+
+    def test_more_patches_than_there_are_places_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="train must be at most 259960 for photos, got 259961"):
+            data.load("photos", train=259_961)
+        with pytest.raises(ValueError, match="test must be at most 94090 for photos"):
+            data.load("photos", test=94_091)
+
+    def test_a_nearest_neighbour_finds_more_in_the_strips_than_chance(self) -> None:
+        d = data.load("photos", train=1000)
+        other = data.load("photos", train=200, seed=1)
+        nearest = torch.cdist(other.x.flatten(1), d.x.flatten(1)).argmin(1)
+        assert (d.y[nearest] == other.y).float().mean() > 0.3
 
 
 class TestMnist1d:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_lab.models import ACTIVATIONS, cnn, mlp
+from sam_lab.models import ACTIVATIONS, ChannelNorm, cnn, mlp
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -98,3 +98,63 @@ def test_cnn_refuses_a_shape_that_pooling_does_not_divide() -> None:
 def test_cnn_refuses_an_unknown_pooling() -> None:
     with pytest.raises(ValueError, match="pooling must be one of avg, max"):
         cnn(pooling="median")
+
+
+def test_cnn_refuses_an_unknown_norm() -> None:
+    with pytest.raises(ValueError, match="norm must be one of none, layer, got 'batch'"):
+        cnn(norm="batch")
+
+
+def test_a_layer_norm_stands_between_activation_and_pooling() -> None:
+    model = cnn(activation="relu", pooling="max", norm="layer", widths=(4, 8))
+    block = [nn.Conv2d, nn.ReLU, ChannelNorm, nn.MaxPool2d]
+    assert [type(layer) for layer in model] == [*block, *block, nn.Flatten, nn.Linear]
+    assert not any(isinstance(layer, ChannelNorm) for layer in cnn(widths=(4, 8)))
+
+
+def test_the_norm_leaves_the_other_initial_weights_as_they_are() -> None:
+    plain, normed = cnn(norm="none", seed=3), cnn(norm="layer", seed=3)
+    with_weights = [layer for layer in normed if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert torch.equal(flat(plain), flat(nn.Sequential(*with_weights)))
+
+
+def test_channel_norm_is_the_formula_at_each_pixel() -> None:
+    x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, :, 1, 1] = 0.0  # a pixel that is off
+    norm = ChannelNorm(5).to(torch.float64)
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(1, 6))
+        norm.bias.copy_(torch.arange(5))
+    got = norm(x)
+    pixel = x[1, :, 2, 3]
+    wanted = (pixel - pixel.mean()) / (pixel.var(correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(got[1, :, 2, 3], wanted * norm.weight + norm.bias)
+    torch.testing.assert_close(got[0, :, 1, 1], norm.bias)
+    assert got.shape == x.shape
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_cnn_with_layer_norm_can_be_differentiated_twice(memory_format) -> None:
+    """Hessian-vector products against central differences of the gradient."""
+    model = cnn(
+        (3, 8, 8), 4, "relu", widths=(4, 5), pooling="max", norm="layer", dtype=torch.float64
+    )
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
+    x = x.contiguous(memory_format=memory_format)
+    params = list(model.parameters())
+
+    def gradient(graph: bool = False) -> torch.Tensor:
+        grads = torch.autograd.grad(model(x).square().mean(), params, create_graph=graph)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    v = torch.randn(len(flat(model)), generator=generator, dtype=torch.float64)
+    product = torch.autograd.grad(gradient(graph=True) @ v, params)
+    start, step = flat(model), 1e-8  # so small that no kink is crossed
+    sides = []
+    for sign in (1, -1):
+        nn.utils.vector_to_parameters(start + sign * step * v, params)
+        sides.append(gradient())
+    difference = (sides[0] - sides[1]) / (2 * step)
+    error = torch.cat([part.flatten() for part in product]) - difference
+    assert error.norm() < 1e-6 * difference.norm()
