@@ -1,9 +1,10 @@
 """Interactive figures that work live, on Colab, and in a page without any kernel.
 
-:func:`slider` draws one frame a value beforehand. Its HTML is complete by itself: a picture, a
-labelled range input (arrow keys and mouse), the other frames as data and a short script; it asks
-for nothing from anywhere. In a kernel with ipywidgets, 7 or 8, a widget stands beside it, which can
-draw a finer grid of values live. Where scripts are taken out, the first picture remains.
+:func:`slider` draws one frame a value beforehand, :func:`sliders` one a combination of values. The
+HTML is complete by itself: a picture, a labelled range input for each slider (arrow keys and
+mouse), the other frames as data and a short script; it asks for nothing from anywhere. In a kernel
+with ipywidgets, 7 or 8, a widget stands beside it, which can draw a finer grid of values live.
+Where scripts are taken out, the first picture remains.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import importlib
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 from sam_lab._optional import require
@@ -26,25 +28,36 @@ FRAME_BYTES = 40_000  # what a frame should not exceed; fewer colours are tried 
 _COLORS = (128, 64, 32, 16)
 _CSS_PIXELS = 96  # an inch
 
-# Two figures with the same contents share an id: each is bound by itself, the later ones renamed.
-# A browser may restore a slider's position when it reloads the page, hence the call at the end.
+# Figures with the same contents come with the same ids: each is bound by itself, and the later ones
+# get ids of their own. A browser may restore a slider's position when it reloads the page, hence
+# the call at the end.
 _SCRIPT = """
-document.querySelectorAll('figure[id="ID"]').forEach((figure, n) => {
+document.querySelectorAll('figure[id^="ID"]').forEach((figure, n) => {
   if (figure.dataset.ready) return;
   figure.dataset.ready = "yes";
+  if (n > 0) figure.id += "-" + n;
   const find = (selector) => figure.querySelector(selector);
-  const [image, label, input, output] = ["img", "label", "input", "output"].map(find);
-  const frames = JSON.parse(find('script[type="application/json"]').textContent);
-  frames[input.defaultValue].src = image.src;
-  if (n > 0) label.htmlFor = output.htmlFor = input.id += "-" + n;
+  const image = find("img");
+  const [labels, inputs, outputs] =
+    ["label", "input", "output"].map((tag) => [...figure.querySelectorAll(tag)]);
+  const {axes, frames} = JSON.parse(find('script[type="application/json"]').textContent);
+  const frameAt = (stops) =>
+    frames[stops.reduce((index, stop, k) => index * axes[k].texts.length + stop, 0)];
+  frameAt(axes.map((axis) => axis.start)).src = image.src;
   const show = () => {
-    const frame = frames[input.value];
+    const frame = frameAt(inputs.map((input) => input.valueAsNumber));
     image.src = frame.src;
     image.alt = frame.alt;
-    output.value = frame.text;
-    input.setAttribute("aria-valuetext", frame.text);
+    inputs.forEach((input, k) => {
+      const text = axes[k].texts[input.value];
+      outputs[k].value = text;
+      input.setAttribute("aria-valuetext", text);
+    });
   };
-  input.addEventListener("input", show);
+  inputs.forEach((input, k) => {
+    labels[k].htmlFor = outputs[k].htmlFor = input.id = figure.id + "-input-" + k;
+    input.addEventListener("input", show);
+  });
   find(".sam-slider__controls").hidden = false;
   show();
 });
@@ -53,11 +66,10 @@ document.querySelectorAll('figure[id="ID"]').forEach((figure, n) => {
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture of a slider: a PNG, its size in CSS pixels, its value in words, its alt text."""
+    """One picture of a figure: a PNG, its size in CSS pixels, and its alternative text."""
 
     png: bytes
     size: tuple[int, int]
-    text: str
     alt: str
 
     @property
@@ -67,70 +79,90 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What a live widget can show: the values in words, where to start, and frame ``index``."""
+class Axis:
+    """One slider: what it changes, its stops in words, and the index of the stop shown first."""
 
-    texts: list[str]
-    start: int
-    frame: Callable[[int], Frame]
+    label: str
+    texts: tuple[str, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One frame for each combination of stops: ``frame(stops)``, one index an axis."""
+
+    axes: tuple[Axis, ...]
+    frame: Callable[[tuple[int, ...]], Frame]
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """The stops shown first."""
+        return tuple(axis.start for axis in self.axes)
+
+    @property
+    def frames(self) -> list[Frame]:
+        """All frames; the stops of the last axis follow each other most closely."""
+        stops = product(*(range(len(axis.texts)) for axis in self.axes))
+        return [self.frame(each) for each in stops]
 
 
 class Slider:
     """An interactive figure; displaying it shows the best form that the front end knows.
 
-    Made by :func:`slider`.
+    Made by :func:`slider` and :func:`sliders`.
 
     Attributes:
-        frames: the precomputed frames, one a value.
-        start: index of the frame shown first.
+        grid: the precomputed frames and what chooses among them.
+        caption: text under the figure.
         live: what the widget in a kernel shows; the precomputed frames unless given.
     """
 
-    def __init__(
-        self,
-        frames: Sequence[Frame],
-        start: int,
-        label: str,
-        caption: str | None = None,
-        live: Grid | None = None,
-    ) -> None:
-        self.frames, self.start, self.label, self.caption = list(frames), start, label, caption
-        self.live = live
+    def __init__(self, grid: Grid, caption: str | None = None, live: Grid | None = None) -> None:
+        self.grid, self.caption, self.live = grid, caption, live
         self._widget: Any = None
+
+    @property
+    def frames(self) -> list[Frame]:
+        """The precomputed frames; the values of the last slider follow each other most closely."""
+        return self.grid.frames
 
     @property
     def html(self) -> str:
         """The figure as HTML that needs no kernel, no style sheet and no network."""
-        first = self.frames[self.start]
+        axes, first = self.grid.axes, self.grid.frame(self.grid.start)
         width, height = first.size
-        data = [
-            {"src": "" if index == self.start else frame.src, "alt": frame.alt, "text": frame.text}
-            for index, frame in enumerate(self.frames)
-        ]
+        data = {
+            "axes": [asdict(axis) for axis in axes],
+            "frames": [
+                {"src": "" if frame is first else frame.src, "alt": frame.alt}
+                for frame in self.frames
+            ],
+        }
         # "<" would let a text end the script that holds it.
-        frames = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-        contents = f"{self.label}\n{self.caption}\n{first.src}\n{frames}"
+        stored = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+        contents = f"{self.caption}\n{first.size}\n{first.src}\n{stored}"
         name = f"sam-slider-{hashlib.sha256(contents.encode()).hexdigest()[:10]}"
+        controls = "\n".join(_control(f"{name}-input-{k}", axis) for k, axis in enumerate(axes))
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>\n" if self.caption else ""
-        # The input speaks its value by itself, so the output is for the eye alone.
         return f"""\
 <figure class="sam-slider" id="{name}" style="margin-inline:auto;max-width:{width}px">
 <img class="sam-slider__frame" src="{first.src}" alt="{html.escape(first.alt)}" \
 width="{width}" height="{height}" style="display:block;max-width:100%;height:auto">
 <div class="sam-slider__controls" hidden style="margin:.5em 0">
-<label for="{name}-input">{html.escape(self.label)}</label>
-<input id="{name}-input" type="range" min="0" max="{len(self.frames) - 1}" step="1" \
-value="{self.start}" autocomplete="off" aria-valuetext="{html.escape(first.text)}" \
-style="width:20em;max-width:60%;vertical-align:middle">
-<output for="{name}-input" aria-live="off">{html.escape(first.text)}</output>
+<div style="display:grid;grid-template-columns:auto minmax(5em,22em) auto;\
+gap:.3em .8em;align-items:center;justify-content:start;text-align:start">
+{controls}
 </div>
-{caption}<script type="application/json">{frames}</script>
+</div>
+{caption}<script type="application/json">{stored}</script>
 <script>{_SCRIPT.replace("ID", name)}</script>
 </figure>"""
 
     def __repr__(self) -> str:
-        first, last = self.frames[0].text, self.frames[-1].text
-        return f"[interactive figure: {self.label}, from {first} to {last}]"
+        axes = (
+            f"{axis.label}, from {axis.texts[0]} to {axis.texts[-1]}" for axis in self.grid.axes
+        )
+        return f"[interactive figure: {'; '.join(axes)}]"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.html}
@@ -147,27 +179,30 @@ style="width:20em;max-width:60%;vertical-align:middle">
 
     def _make_widget(self, widgets: Any) -> Any:
         """The figure made of what ipywidgets 7 and 8 have in common."""
-        texts = [frame.text for frame in self.frames]
-        grid = self.live or Grid(texts, self.start, self.frames.__getitem__)
+        grid = self.live or self.grid
         first = grid.frame(grid.start)
         picture = widgets.Image(
             value=first.png, format="png", width=first.size[0], layout={"max_width": "100%"}
         )
-        control = widgets.SelectionSlider(
-            options=[(text, index) for index, text in enumerate(grid.texts)],
-            value=grid.start,
-            description=self.label,
-            continuous_update=self.live is None,  # drawing live, a frame at each stop is enough
-            style={"description_width": "initial"},
-            layout={"width": "auto", "max_width": "40em"},
-        )
+        controls = [
+            widgets.SelectionSlider(
+                options=[(text, index) for index, text in enumerate(axis.texts)],
+                value=axis.start,
+                description=axis.label,
+                continuous_update=self.live is None,  # drawing live, a frame a stop is enough
+                style={"description_width": "initial"},
+                layout={"width": "auto", "max_width": "40em"},
+            )
+            for axis in grid.axes
+        ]
 
         def show(change: dict[str, Any]) -> None:
-            picture.value = grid.frame(change["new"]).png
+            picture.value = grid.frame(tuple(control.value for control in controls)).png
 
-        control.observe(show, names="value")
+        for control in controls:
+            control.observe(show, names="value")
         caption = [widgets.HTML(html.escape(self.caption))] if self.caption else []
-        return widgets.VBox([picture, control, *caption])
+        return widgets.VBox([picture, *controls, *caption])
 
 
 def slider(
@@ -208,47 +243,144 @@ def slider(
         TypeError: ``draw`` returns something other than a matplotlib figure.
         ImportError: matplotlib is not installed.
     """
-    require("matplotlib", extra="book")
     values = list(values)
-    if not values:
-        raise ValueError("values must hold at least one value, got none")
-    if not label.strip():
-        raise ValueError("label must say what the slider changes, got an empty text")
+    made = sliders(
+        draw,
+        {label: values},
+        units={label: unit},
+        start=None if start is None else (start,),
+        alt=alt,
+        caption=caption,
+        format=format,
+    )
+    if live is not None:
+        finer = list(live)
+        axis = _axis(label, finer, unit, None, format, name="live")
+        nearest = _nearest(finer, values[made.grid.start[0]])
+        made.live = _grid(draw, [replace(axis, start=nearest)], [finer], alt)
+    return made
+
+
+def sliders(
+    draw: Callable[..., Any],
+    values: Mapping[str, Sequence[Any]],
+    *,
+    units: Mapping[str, str] | None = None,
+    start: Sequence[Any] | None = None,
+    alt: str | Callable[..., str],
+    caption: str | None = None,
+    format: str = "{:g}",
+) -> Slider:
+    """An interactive figure with several sliders: one frame for each combination of their values.
+
+    As :func:`slider`, and every combination is drawn when this is called: with two sliders of four
+    values each, 16 pictures of up to 40 kB lie in the page. ::
+
+        sliders(draw, {"learning rate η": [0.4, 0.8], "radius ρ": [0, 0.02]}, alt="A path")
+
+    Args:
+        draw: maps one value of each slider, in their order, to a matplotlib figure; the size must
+            be the same for all.
+        values: for each slider what it changes, and what it stops at, in order; numbers or text.
+        units: units of the values, by what the slider changes, shown after them.
+        start: the values shown first, one a slider; the first ones unless given.
+        alt: what a reader who does not see the picture should know. A function of the values, or
+            one text, to which labels and values are added for each frame.
+        caption: text under the figure.
+        format: how a number is written, ``"{:g}"`` or such.
+
+    Returns:
+        An object that displays itself; as the last expression of a cell, or through ``display``.
+
+    Raises:
+        ValueError: no slider, empty or repeated values, ``units`` of no slider, a ``start`` that
+            is none of the values or not one a slider, an empty label or ``alt``, frames of
+            different sizes.
+        TypeError: ``draw`` returns something other than a matplotlib figure.
+        ImportError: matplotlib is not installed.
+    """
+    require("matplotlib", extra="book")
+    stops = {label: list(given) for label, given in values.items()}
+    if not stops:
+        raise ValueError("values must name at least one slider, got none")
+    units = units or {}
+    if unknown := [label for label in units if label not in stops]:
+        raise ValueError(f"units must be those of the sliders {list(stops)}, got {unknown}")
+    starts = [None] * len(stops) if start is None else list(start)
+    if len(starts) != len(stops):
+        raise ValueError(f"start must hold a value for each of {list(stops)}, got {start!r}")
+    axes = [
+        _axis(label, stops[label], units.get(label, ""), first, format)
+        for label, first in zip(stops, starts, strict=True)
+    ]
+    made = Slider(_grid(draw, axes, list(stops.values()), alt), caption)
+    sizes = {frame.size for frame in made.frames}  # draws them all
+    if len(sizes) > 1:
+        raise ValueError(f"draw must give figures of one size, got {sorted(sizes)} (CSS pixels)")
+    return made
+
+
+def _axis(
+    label: str, values: Sequence[Any], unit: str, start: Any, format: str, name: str = "values"
+) -> Axis:
+    """The slider over ``values``; errors call them ``name``."""
 
     def text(value: Any) -> str:
         return f"{value if isinstance(value, str) else format.format(value)} {unit}".rstrip()
 
-    def frame(value: Any) -> Frame:
-        words = (
-            alt(value) if callable(alt) else f"{alt.strip().rstrip('.')} ({label}: {text(value)})."
+    if not label.strip():
+        raise ValueError("label must say what the slider changes, got an empty text")
+    if not values:
+        raise ValueError(f"{name} must hold at least one value, got none for {label!r}")
+    written = tuple(text(value) for value in values)
+    if len(set(written)) < len(written):
+        raise ValueError(
+            f"{name} must differ as they are written ({format!r}), got {list(written)}"
         )
-        if not words.strip() or (isinstance(alt, str) and not alt.strip()):
-            raise ValueError(f"alt must describe the figure, got an empty text for {text(value)}")
-        png, size = _render(draw, value)
-        return Frame(png, size, text(value), words.strip())
-
-    def texts(given: Sequence[Any], name: str) -> list[str]:
-        written = [text(value) for value in given]
-        if len(set(written)) < len(written):
-            raise ValueError(f"{name} must differ as they are written ({format!r}), got {written}")
-        return written
-
-    written = texts(values, "values")
-    if start is not None and text(start) not in written:
+    if start is None:
+        return Axis(label, written)
+    if text(start) not in written:
         raise ValueError(f"start must be one of the values {', '.join(written)}, got {start!r}")
-    first = 0 if start is None else written.index(text(start))
-    frames = [frame(value) for value in values]
-    sizes = {one.size for one in frames}
-    if len(sizes) > 1:
-        raise ValueError(f"draw must give figures of one size, got {sorted(sizes)} (CSS pixels)")
-    grid = None
-    if live is not None:
-        finer = list(live)
-        if not finer:
-            raise ValueError("live must hold at least one value, got none")
-        nearest = _nearest(finer, values[first])
-        grid = Grid(texts(finer, "live"), nearest, cache(lambda index: frame(finer[index])))
-    return Slider(frames, first, label, caption, grid)
+    return Axis(label, written, written.index(text(start)))
+
+
+def _grid(
+    draw: Callable[..., Any],
+    axes: Sequence[Axis],
+    values: Sequence[Sequence[Any]],
+    alt: str | Callable[..., str],
+) -> Grid:
+    """The frames over ``axes``, whose stops stand for ``values``, each drawn when first needed."""
+
+    @cache
+    def frame(stops: tuple[int, ...]) -> Frame:
+        chosen = [given[stop] for given, stop in zip(values, stops, strict=True)]
+        texts = [axis.texts[stop] for axis, stop in zip(axes, stops, strict=True)]
+        if callable(alt):
+            words = alt(*chosen).strip()
+        elif words := alt.strip().rstrip("."):
+            said = (f"{axis.label}: {text}" for axis, text in zip(axes, texts, strict=True))
+            words = f"{words} ({', '.join(said)})."
+        if not words:
+            raise ValueError(
+                f"alt must describe the figure, got an empty text for {', '.join(texts)}"
+            )
+        png, size = _render(lambda: draw(*chosen))
+        return Frame(png, size, words)
+
+    return Grid(tuple(axes), frame)
+
+
+def _control(name: str, axis: Axis) -> str:
+    """A row of the figure's controls: label, slider and value."""
+    text = html.escape(axis.texts[axis.start])
+    longest = max(map(len, axis.texts))  # room for it, or the slider would move with its value
+    # The input speaks its value by itself, so the output is for the eye alone.
+    return f"""\
+<label for="{name}">{html.escape(axis.label)}</label>
+<input id="{name}" type="range" min="0" max="{len(axis.texts) - 1}" step="1" \
+value="{axis.start}" autocomplete="off" aria-valuetext="{text}" style="width:100%;margin:0">
+<output for="{name}" aria-live="off" style="min-width:min({longest}ch,6em)">{text}</output>"""
 
 
 def _nearest(values: Sequence[Any], value: Any) -> int:
@@ -260,14 +392,14 @@ def _nearest(values: Sequence[Any], value: Any) -> int:
         return 0
 
 
-def _render(draw: Callable[[Any], Any], value: Any) -> tuple[bytes, tuple[int, int]]:
-    """The figure of ``value`` as a small PNG and its size in CSS pixels; leaves no figure open."""
+def _render(draw: Callable[[], Any]) -> tuple[bytes, tuple[int, int]]:
+    """What ``draw`` gives as a small PNG and its size in CSS pixels; leaves no figure open."""
     from matplotlib.figure import Figure
 
     pyplot = sys.modules.get("matplotlib.pyplot")
     before = set(pyplot.get_fignums()) if pyplot else set()
     try:
-        figure = draw(value)
+        figure = draw()
         if not isinstance(figure, Figure):
             raise TypeError(f"draw must return a matplotlib Figure, got {figure!r:.100}")
         raw = io.BytesIO()

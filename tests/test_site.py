@@ -116,12 +116,19 @@ def test_mathematics_is_typeset(page_name, visit):
 def test_every_slider_changes_its_figure_by_keyboard_and_by_mouse(page_name, visit):
     seen = visit(page_name)
     page = seen.page
-    for index in range(page.locator(".sam-slider").count()):
-        figure = page.locator(".sam-slider").nth(index)
-        handle, image = figure.locator("input[type=range]"), figure.locator("img:visible").first
+    figures = page.locator(".sam-slider")
+    places = [
+        (index, axis)
+        for index in range(figures.count())
+        for axis in range(figures.nth(index).locator("input[type=range]").count())
+    ]
+    for index, axis in places:
+        figure = figures.nth(index)
+        handle = figure.locator("input[type=range]").nth(axis)
+        image = figure.locator("img:visible").first
 
-        def shown(image=image, figure=figure) -> tuple[str, str, str]:
-            said = figure.locator("output").inner_text()
+        def shown(image=image, figure=figure, axis=axis) -> tuple[str, str, str]:
+            said = figure.locator("output").nth(axis).inner_text()
             return image.get_attribute("src"), image.get_attribute("alt"), said
 
         seen_so_far = [shown()]
@@ -131,8 +138,8 @@ def test_every_slider_changes_its_figure_by_keyboard_and_by_mouse(page_name, vis
             seen_so_far.append(shown())
         first, second, last = seen_so_far[-3:]
         for part in range(3):  # the picture, its alternative text and the value beside the handle
-            assert first[part] != second[part], (index, part)
-            assert second[part] != last[part], (index, part)
+            assert first[part] != second[part], (index, axis, part)
+            assert second[part] != last[part], (index, axis, part)
         box = handle.bounding_box()
         page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
         assert shown() == first

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from collections import defaultdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sam_lab import widgets
-from sam_lab.widgets import Frame, Slider, slider
+from sam_lab.widgets import Axis, Frame, Grid, Slider, slider, sliders
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -29,6 +30,19 @@ def draw(value):
 
 def small(values=(0.1, 0.2, 0.3), **changes):
     return slider(draw, values, **{"label": "learning rate η", "alt": "A wave", **changes})
+
+
+RATES_AND_RADII = {"learning rate η": [0.4, 0.8, 1.4], "radius ρ": [0, 0.02]}
+
+
+def draw_two(rate, radius):
+    figure = draw(rate)
+    figure.axes[0].axhline(10 * radius)
+    return figure
+
+
+def two(values=RATES_AND_RADII, **changes):
+    return sliders(draw_two, values, **{"alt": "A wave and a line", **changes})
 
 
 class Parsed(HTMLParser):
@@ -49,12 +63,15 @@ class Parsed(HTMLParser):
         if self.tags and self.tags[-1][0] == "script" and data.strip():
             self.scripts[-1] += data
 
+    def all(self, tag):
+        return [found for name, found in self.tags if name == tag]
+
     def one(self, tag):
-        (attributes,) = [found for name, found in self.tags if name == tag]
+        (attributes,) = self.all(tag)
         return attributes
 
 
-def frames_of(text):
+def stored_in(text):
     return json.loads(Parsed(text).scripts[0])
 
 
@@ -78,14 +95,72 @@ def test_the_html_is_a_picture_with_a_labelled_range():
     assert control["aria-valuetext"] == "0.2 s"
     assert "learning rate η</label>" in html and ">0.2 s</output>" in html
     assert "<figcaption>Move it.</figcaption>" in html
-    stored = frames_of(html)
-    assert [frame["alt"] for frame in stored] == ["Wave of 0.1", "Wave of 0.2", "Wave of 0.3"]
-    assert [frame["text"] for frame in stored] == ["0.1 s", "0.2 s", "0.3 s"]
-    assert [bool(frame["src"]) for frame in stored] == [True, False, True]  # the first stands once
+    stored = stored_in(html)
+    alts = [frame["alt"] for frame in stored["frames"]]
+    assert alts == ["Wave of 0.1", "Wave of 0.2", "Wave of 0.3"]
+    assert [axis["texts"] for axis in stored["axes"]] == [["0.1 s", "0.2 s", "0.3 s"]]
+    sources = [bool(frame["src"]) for frame in stored["frames"]]
+    assert sources == [True, False, True]  # the first stands once
 
 
-def test_the_html_asks_for_nothing():
-    html = small().html
+def test_two_sliders_are_one_picture_with_two_labelled_ranges():
+    made = two(
+        start=(0.8, 0.02),
+        units={"radius ρ": "m"},
+        caption="Move them.",
+        alt=lambda rate, radius: f"Wave of {rate}, line at {radius}",
+    )
+    html = made._repr_mimebundle_()["text/html"]
+    page = Parsed(html)
+    assert page.one("img")["src"] == made.frames[3].src
+    assert page.one("img")["alt"] == "Wave of 0.8, line at 0.02"
+    inputs = page.all("input")
+    names = [control["id"] for control in inputs]
+    assert [label["for"] for label in page.all("label")] == names
+    assert [output["for"] for output in page.all("output")] == names
+    assert [(control["type"], control["min"], control["max"]) for control in inputs] == [
+        ("range", "0", "2"),
+        ("range", "0", "1"),
+    ]
+    assert [control["value"] for control in inputs] == ["1", "1"]
+    assert [control["aria-valuetext"] for control in inputs] == ["0.8", "0.02 m"]
+    assert re.findall(">(.*)</label>", html) == ["learning rate η", "radius ρ"]
+    assert re.findall(">(.*)</output>", html) == ["0.8", "0.02 m"]
+    assert "<figcaption>Move them.</figcaption>" in html
+    stored = stored_in(html)
+    texts = [axis["texts"] for axis in stored["axes"]]
+    assert texts == [["0.4", "0.8", "1.4"], ["0 m", "0.02 m"]]
+    assert [frame["alt"] for frame in stored["frames"]] == [
+        f"Wave of {rate}, line at {radius}" for rate in (0.4, 0.8, 1.4) for radius in (0, 0.02)
+    ]
+    sources = [frame["src"] for frame in stored["frames"]]
+    assert sources == [frame.src if frame is not made.frames[3] else "" for frame in made.frames]
+
+
+def test_every_combination_is_drawn_once_and_shows_what_was_drawn_for_it():
+    drawn = []
+
+    def watch(rate, radius):
+        drawn.append((rate, radius))
+        return draw_two(rate, radius)
+
+    made = sliders(watch, RATES_AND_RADII, alt="A wave")
+    assert drawn == [(rate, radius) for rate in (0.4, 0.8, 1.4) for radius in (0, 0.02)]
+    assert made.html and made.frames and len(drawn) == 6
+    assert len({frame.png for frame in made.frames}) == 6
+    for stops, values in {(0, 1): (0.4, 0.02), (2, 0): (1.4, 0)}.items():
+        alone = slider(lambda values: draw_two(*values), [values], label="x", alt="x", format="{}")
+        assert made.grid.frame(stops).png == alone.frames[0].png
+
+
+def test_one_of_several_sliders_is_a_slider():
+    several = sliders(draw, {"learning rate η": [0.1, 0.2, 0.3]}, alt="A wave", start=[0.2])
+    assert several.html == small(start=0.2).html
+
+
+@pytest.mark.parametrize("make", [small, two])
+def test_the_html_asks_for_nothing(make):
+    html = make().html
     addresses = {
         value for _, tag in Parsed(html).tags for key, value in tag.items() if key == "src"
     }
@@ -93,10 +168,31 @@ def test_the_html_asks_for_nothing():
     assert "http" not in re.sub(r"[A-Za-z0-9+/=]{200,}", "", html) and "url(" not in html
 
 
+def made_of(first="x", second="y", text="2", start=0, png=b"png", size=(1, 1), alt="B", caption=""):
+    """Two sliders over four frames that were never drawn; what is given belongs to one of them."""
+    axes = (Axis(first, ("1", text)), Axis(second, ("1", "2"), start))
+    frames = {stops: Frame(b"%d%d" % stops, (1, 1), "A") for stops in ((0, 0), (0, 1), (1, 0))}
+    last = Frame(png, (1, 1), alt)
+    frames[0, start] = Frame(frames[0, start].png, size, "A")
+    return Slider(Grid(axes, {**frames, (1, 1): last}.__getitem__), caption)
+
+
 def test_the_same_slider_has_the_same_html_and_another_has_another_id():
-    assert small().html == small().html
-    ids = {Parsed(made.html).one("figure")["id"] for made in (small(), small(label="rate"))}
-    assert len(ids) == 2
+    assert small().html == small().html and two().html == two().html
+    others = [
+        {},
+        {"first": "z"},
+        {"second": "z"},
+        {"first": "y", "second": "x"},
+        {"text": "3"},
+        {"start": 1},
+        {"png": b"other"},
+        {"size": (2, 2)},
+        {"alt": "C"},
+        {"caption": "Move them."},
+    ]
+    ids = {Parsed(made_of(**changes).html).one("figure")["id"] for changes in others}
+    assert len(ids) == len(others)
 
 
 def test_text_is_escaped():
@@ -105,20 +201,24 @@ def test_text_is_escaped():
     page = Parsed(html)
     assert len(page.scripts) == 2 and not [tag for tag, _ in page.tags if tag == "i"]
     assert page.one("img")["alt"].startswith(nasty)
-    assert frames_of(html)[0]["text"] == f"0.1 {nasty}"
+    assert stored_in(html)["axes"][0]["texts"][0] == f"0.1 {nasty}"
 
 
 def test_one_alt_text_is_told_apart_by_the_value():
     made = small(alt="A wave.", unit="s")
     assert made.frames[2].alt == "A wave (learning rate η: 0.3 s)."
+    assert two().frames[1].alt == "A wave and a line (learning rate η: 0.4, radius ρ: 0.02)."
 
 
 def test_values_may_be_text_and_numbers_have_a_format():
     made = slider(lambda v: draw(len(v)), ["tanh", "relu!"], label="activation", alt="A wave")
-    assert [frame.text for frame in made.frames] == ["tanh", "relu!"]
-    assert [frame.text for frame in small([1, 10], format="{:.1f}").frames] == ["1.0", "10.0"]
+    assert made.grid.axes == (Axis("activation", ("tanh", "relu!"), 0),)
+    assert small([1, 10], format="{:.1f}").grid.axes[0].texts == ("1.0", "10.0")
     assert repr(made) == "[interactive figure: activation, from tanh to relu!]"
     assert made._repr_mimebundle_()["text/plain"] == repr(made)
+    assert repr(two()) == (
+        "[interactive figure: learning rate η, from 0.4 to 1.4; radius ρ, from 0 to 0.02]"
+    )
 
 
 def test_frames_are_small_and_true_to_the_figure():
@@ -197,11 +297,38 @@ def test_what_makes_no_slider_is_refused(changes, error, message):
         small(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": {}}, "values must name at least one slider, got none"),
+        ({"values": {"rate": [1], "radius ρ": []}}, "at least one value, got none for 'radius ρ'"),
+        ({"values": {"rate": [1], "radius": [2, 2]}}, r"values must differ .* got \['2', '2'\]"),
+        ({"values": {"rate": [1], " ": [1]}}, "label must say what the slider changes"),
+        ({"start": (0.8, 0.5)}, "start must be one of the values 0, 0.02, got 0.5"),
+        ({"start": (0.8,)}, r"start must hold a value for each of \['learn.*'\], got \(0.8,\)"),
+        ({"start": (0.8, 0, 0)}, "start must hold a value for each"),
+        ({"units": {"radius": "m"}}, r"units must be those of the sliders .* got \['radius'\]"),
+        ({"alt": " "}, "alt must describe the figure, got an empty text for 0.4, 0"),
+        (
+            {"alt": lambda rate, radius: "A wave" if radius < rate / 50 else ""},
+            "text for 0.4, 0.02",
+        ),
+    ],
+)
+def test_what_makes_no_sliders_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        two(**changes)
+
+
 def test_draw_must_return_figures_of_one_size():
     with pytest.raises(TypeError, match="draw must return a matplotlib Figure, got None"):
         slider(lambda value: None, [1], label="x", alt="Nothing")
     with pytest.raises(ValueError, match="figures of one size"):
         slider(lambda v: Figure(figsize=(v, 1)), [1, 2], label="x", alt="Nothing")
+    with pytest.raises(TypeError, match="draw must return a matplotlib Figure, got None"):
+        sliders(lambda x, y: None, {"x": [1], "y": [1]}, alt="Nothing")
+    with pytest.raises(ValueError, match=r"figures of one size, got \[\(96, 96\), \(96, 192\)\]"):
+        sliders(lambda x, y: Figure(figsize=(x, y)), {"x": [1], "y": [1, 2]}, alt="Nothing")
 
 
 # --- live ----------------------------------------------------------------------------------------
@@ -210,8 +337,8 @@ def test_draw_must_return_figures_of_one_size():
 class Fake:
     """A widget that remembers how it was made and can be moved."""
 
-    def __init__(self, *children, **traits):
-        self.children = children[0] if children else []
+    def __init__(self, content=None, **traits):
+        self.content = content
         self.__dict__.update(traits)
         self.model_id = "model"
         self._react = None
@@ -228,10 +355,14 @@ class Fake:
 @pytest.fixture
 def ipywidgets_7(monkeypatch):
     """A kernel whose ipywidgets has what version 7.7 has of what we use, and no Stack."""
-    made = {}
+    made = defaultdict(list)
 
     def remember(name):
-        return lambda *args, **traits: made.setdefault(name, Fake(*args, **traits))
+        def make(*args, **traits):
+            made[name].append(Fake(*args, **traits))
+            return made[name][-1]
+
+        return make
 
     names = ("Image", "SelectionSlider", "HTML", "VBox")
     module = SimpleNamespace(**{name: remember(name) for name in names})
@@ -246,14 +377,33 @@ def test_a_kernel_gets_a_widget_beside_the_html(ipywidgets_7):
     bundle = shown._repr_mimebundle_()
     assert bundle[VIEW] == {"version_major": 2, "version_minor": 0, "model_id": "model"}
     assert bundle["text/html"] == shown.html
-    picture, control = ipywidgets_7["Image"], ipywidgets_7["SelectionSlider"]
-    assert ipywidgets_7["VBox"].children == [picture, control, ipywidgets_7["HTML"]]
+    (box,) = ipywidgets_7["VBox"]
+    picture, control, caption = box.content
+    assert [picture] == ipywidgets_7["Image"] and [control] == ipywidgets_7["SelectionSlider"]
+    assert [caption] == ipywidgets_7["HTML"] and caption.content == "&lt;b&gt;"
     assert control.options == [("0.1", 0), ("0.2", 1), ("0.3", 2)] and control.value == 1
     assert control.description == "learning rate η" and control.continuous_update
     assert picture.value == shown.frames[1].png
     control.move(2)
     assert picture.value == shown.frames[2].png
     assert shown._repr_mimebundle_()[VIEW] == bundle[VIEW]
+    assert len(ipywidgets_7["VBox"]) == 1
+
+
+def test_a_kernel_gets_a_control_for_each_of_several_sliders(ipywidgets_7):
+    shown = two(start=(0.8, 0.02), caption="Move them.", units={"radius ρ": "m"})
+    bundle = shown._repr_mimebundle_()
+    assert bundle[VIEW]["model_id"] == "model" and bundle["text/html"] == shown.html
+    picture, rate, radius, _ = ipywidgets_7["VBox"][0].content
+    assert [rate, radius] == ipywidgets_7["SelectionSlider"]
+    assert [rate.description, radius.description] == ["learning rate η", "radius ρ"]
+    assert rate.options == [("0.4", 0), ("0.8", 1), ("1.4", 2)]
+    assert radius.options == [("0 m", 0), ("0.02 m", 1)]
+    assert (rate.value, radius.value) == (1, 1) and rate.continuous_update
+    assert picture.value == shown.frames[3].png
+    for control, stop, index in [(radius, 0, 2), (rate, 2, 4), (radius, 1, 5), (rate, 0, 1)]:
+        control.move(stop)
+        assert picture.value == shown.frames[index].png
 
 
 def test_live_values_are_drawn_when_they_are_needed_and_once(ipywidgets_7):
@@ -268,21 +418,21 @@ def test_live_values_are_drawn_when_they_are_needed_and_once(ipywidgets_7):
     )
     assert drawn == [0.1, 0.3]
     shown._repr_mimebundle_()
-    picture, control = ipywidgets_7["Image"], ipywidgets_7["SelectionSlider"]
+    picture, control = ipywidgets_7["VBox"][0].content
     assert control.value == 4 and not control.continuous_update  # 0.31 is the nearest to 0.3
     control.move(2)
     control.move(4)
     control.move(2)
     assert drawn == [0.1, 0.3, 0.31, 0.2]
     assert picture.value == small([0.2]).frames[0].png
-    assert len(frames_of(shown.html)) == 2
+    assert len(stored_in(shown.html)["frames"]) == 2
 
 
 def test_live_text_starts_where_the_figure_starts(ipywidgets_7):
     kinds = {"tanh": 1, "relu": 2, "gelu": 3}
     for live, start in ((["relu", "gelu", "tanh"], 2), (["relu", "gelu"], 0)):
         made = slider(lambda v: draw(kinds[v]), ["tanh"], label="x", alt="A wave", live=live)
-        assert made.live.start == start
+        assert made.live.start == (start,)
 
 
 def test_without_ipywidgets_or_kernel_there_is_the_html(monkeypatch):
@@ -302,26 +452,32 @@ def test_in_a_kernel_with_the_installed_ipywidgets():
     client = pytest.importorskip("nbclient").NotebookClient
     source = """
 from matplotlib.figure import Figure
-from sam_lab.widgets import slider
-def draw(value):
+from sam_lab.widgets import slider, sliders
+def draw(value, start=0):
     figure = Figure(figsize=(3, 2))
-    figure.add_subplot().plot([0, value])
+    figure.add_subplot().plot([start, value])
     return figure
 shown = slider(draw, [1, 2], label="slope", alt="A line", live=[1, 1.5, 2])
+both = sliders(draw, {"end": [1, 2], "start": [3, 4]}, alt="A line", start=(2, 3))
+display(both)
 shown"""
     move = """
 picture, control = shown._widget.children
 before = picture.value
 control.value = 1
-print(control.options, control.label, picture.value != before, len(picture.value) > 1000)"""
+print(control.options, control.label, picture.value != before, len(picture.value) > 1000)
+picture, end, start = both._widget.children
+start.value, end.value = 1, 0
+print(end.label, start.label, picture.value == both.frames[1].png)"""
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell(move)]
     )
     client(notebook, timeout=120, kernel_name="python3").execute()
-    data = notebook.cells[0].outputs[0].data
-    assert set(data) == {"text/plain", "text/html", VIEW} and data[VIEW]["model_id"]
+    for output in notebook.cells[0].outputs:
+        assert set(output.data) == {"text/plain", "text/html", VIEW}
+        assert output.data[VIEW]["model_id"]
     said = notebook.cells[1].outputs[0].text
-    assert said == "(('1', 0), ('1.5', 1), ('2', 2)) 1.5 True True\n"
+    assert said == "(('1', 0), ('1.5', 1), ('2', 2)) 1.5 True True\n1 4 True\n"
 
 
 # --- in a browser --------------------------------------------------------------------------------
@@ -352,25 +508,27 @@ def page(browser, tmp_path):
 
 
 def state(figure):
-    """What a reader sees of a slider: picture, alt text, value, and what a screen reader says."""
-    image, control = figure.locator("img"), figure.locator("input")
+    """What a reader sees of a figure: picture, alt text, values, and what a screen reader says."""
+    image, controls = figure.locator("img"), figure.locator("input").all()
     return (
         image.get_attribute("src"),
         image.get_attribute("alt"),
-        figure.locator("output").inner_text(),
-        control.get_attribute("aria-valuetext"),
+        figure.locator("output").all_inner_texts(),
+        [control.get_attribute("aria-valuetext") for control in controls],
     )
 
 
-def expected(frame: Frame):
-    return frame.src, frame.alt, frame.text, frame.text
+def expected(made, *stops):
+    frame = made.grid.frame(stops)
+    texts = [axis.texts[stop] for axis, stop in zip(made.grid.axes, stops, strict=True)]
+    return frame.src, frame.alt, texts, texts
 
 
 @pytest.mark.browser
 def test_arrow_keys_change_picture_text_and_value(page):
     made = small(start=0.2, unit="s")
     figure = page(made).locator("figure")
-    assert state(figure) == expected(made.frames[1])
+    assert state(figure) == expected(made, 1)
     figure.locator("label").click()  # the label belongs to the input
     for key, index in [
         ("ArrowRight", 2),
@@ -380,7 +538,7 @@ def test_arrow_keys_change_picture_text_and_value(page):
         ("End", 2),
     ]:
         figure.page.keyboard.press(key)
-        assert state(figure) == expected(made.frames[index]), key
+        assert state(figure) == expected(made, index), key
 
 
 @pytest.mark.browser
@@ -391,13 +549,67 @@ def test_the_mouse_changes_picture_text_and_value(page):
     middle = box["y"] + box["height"] / 2
     mouse = figure.page.mouse
     mouse.click(box["x"] + box["width"] - 3, middle)
-    assert state(figure) == expected(made.frames[2])
+    assert state(figure) == expected(made, 2)
     mouse.down()
     mouse.move(box["x"] + box["width"] / 2, middle)
-    assert state(figure) == expected(made.frames[1])
+    assert state(figure) == expected(made, 1)
     mouse.move(box["x"] + 3, middle)
     mouse.up()
-    assert state(figure) == expected(made.frames[0])
+    assert state(figure) == expected(made, 0)
+
+
+@pytest.mark.browser
+def test_each_of_two_sliders_answers_to_the_keyboard_and_keeps_the_others_place(page):
+    made = two(start=(0.8, 0), units={"radius ρ": "m"})
+    figure = page(made).locator("figure")
+    press = figure.page.keyboard.press
+    assert state(figure) == expected(made, 1, 0)
+    figure.locator("label").nth(1).click()  # each label belongs to its input
+    press("ArrowRight")
+    assert state(figure) == expected(made, 1, 1)
+    figure.locator("label").nth(0).click()
+    press("ArrowRight")
+    assert state(figure) == expected(made, 2, 1)
+    press("Tab")
+    press("Home")
+    assert state(figure) == expected(made, 2, 0)
+    press("Shift+Tab")
+    press("Home")
+    assert state(figure) == expected(made, 0, 0)
+    names = [figure.get_by_role("slider", name=axis.label).count() for axis in made.grid.axes]
+    assert names == [1, 1]
+
+
+@pytest.mark.browser
+def test_the_mouse_moves_each_of_two_sliders(page):
+    made = two()
+    figure = page(made).locator("figure")
+    mouse = figure.page.mouse
+
+    def at(control, share):
+        box = figure.locator("input").nth(control).bounding_box()
+        return box["x"] + 3 + share * (box["width"] - 6), box["y"] + box["height"] / 2
+
+    mouse.click(*at(1, 1))
+    assert state(figure) == expected(made, 0, 1)
+    mouse.move(*at(0, 0))
+    mouse.down()
+    mouse.move(*at(0, 0.5))
+    assert state(figure) == expected(made, 1, 1)
+    mouse.move(*at(0, 1))
+    mouse.up()
+    assert state(figure) == expected(made, 2, 1)
+
+
+@pytest.mark.browser
+def test_a_slider_keeps_its_size_and_place_when_its_value_changes(page):
+    figure = page(two({"rate": [1, 1000], "kind": ["a", "rather long"]})).locator("figure")
+    inputs = figure.locator("input").all()
+    before = [control.bounding_box() for control in inputs]
+    assert len({(box["x"], box["width"]) for box in before}) == 1  # below each other
+    for control in inputs:
+        control.press("End")
+    assert [control.bounding_box() for control in inputs] == before
 
 
 @pytest.mark.browser
@@ -407,16 +619,42 @@ def test_several_on_a_page_move_alone_even_twins(page):
     first, second, twin = (tab.locator("figure").nth(index) for index in range(3))
     twin.locator("label").click()
     tab.keyboard.press("ArrowRight")
-    assert state(first) == expected(one.frames[0])
-    assert state(second) == expected(other.frames[0])
-    assert state(twin) == expected(one.frames[1])
-    names = tab.evaluate("[...document.querySelectorAll('input')].map(input => input.id)")
-    assert len(set(names)) == 3
+    assert state(first) == expected(one, 0)
+    assert state(second) == expected(other, 0)
+    assert state(twin) == expected(one, 1)
+    names = tab.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(names) == len(set(names)) == 6  # of three figures and their inputs
+
+
+@pytest.mark.browser
+def test_three_alike_with_two_sliders_each_move_alone(page):
+    made = two()
+    tab = page(made, made, made)
+    figures = tab.locator("figure").all()
+    for index, control, stops in [(2, 0, (1, 0)), (1, 1, (0, 1))]:
+        figures[index].locator("label").nth(control).click()
+        tab.keyboard.press("ArrowRight")
+        assert state(figures[index]) == expected(made, *stops)
+    assert state(figures[0]) == expected(made, 0, 0)
+    assert state(figures[2]) == expected(made, 1, 0)
+    names = tab.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(names) == len(set(names)) == 9
+    tied = "figure => [...figure.querySelectorAll('output')].map(output => output.htmlFor.value)"
+    for figure in figures:
+        inputs = [control.get_attribute("id") for control in figure.locator("input").all()]
+        assert figure.evaluate(tied) == inputs
 
 
 @pytest.mark.browser
 def test_it_fits_a_telephone_and_axe_finds_nothing(page):
-    tab = page(small(caption="A wave."), small([1, 2], label="frequency"))
+    long = {"a label that goes on for rather longer than a line": [1, 2], "radius ρ": [0, 0.02]}
+    tab = page(
+        small(caption="A wave."),
+        small([1, 2], label="frequency"),
+        two(caption="A wave and a line."),
+        two(),
+        two(long, units={"radius ρ": "of the whole"}),
+    )
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     found = axe.run(tab).response["violations"]
@@ -424,16 +662,21 @@ def test_it_fits_a_telephone_and_axe_finds_nothing(page):
 
 
 @pytest.mark.browser
-def test_without_scripts_the_first_picture_remains(browser):
-    made = small()
+@pytest.mark.parametrize("make", [small, two])
+def test_without_scripts_the_first_picture_remains(make, browser):
+    made = make()
     context = browser.new_context(java_script_enabled=False)
     tab = context.new_page()
     tab.set_content(made.html)
     assert tab.locator("img").is_visible()
-    assert not tab.locator("input").is_visible()
+    assert tab.locator("img").get_attribute("src") == made.frames[0].src
+    controls = "label, input, output"
+    assert not any(part.is_visible() for part in tab.locator(controls).all())
     context.close()
 
 
 def test_a_slider_can_be_made_of_frames():
-    frame = Frame(b"png", (1, 1), "1", "A dot")
-    assert Slider([frame], 0, "x")._repr_mimebundle_()["text/html"].count("data:image/png") == 1
+    frame = Frame(b"png", (1, 1), "A dot")
+    made = Slider(Grid((Axis("x", ("1",)),), {(0,): frame}.__getitem__))
+    assert made.frames == [frame]
+    assert made._repr_mimebundle_()["text/html"].count("data:image/png") == 1
