@@ -129,6 +129,8 @@ def edge_line(
     label: str,
     x: ArrayLike | None = None,
     color: str = INK,
+    *,
+    below: bool = False,
 ) -> Axes:
     """A theory's edge drawn on the data: dashed, with its name beside it instead of in a legend.
 
@@ -136,6 +138,7 @@ def edge_line(
         value: one height, or heights (T,) of an edge that moves.
         label: its name, such as ``"2/η"``.
         x: positions (T,) of a moving edge.
+        below: put the name below the line, where the data lie above it.
 
     Raises:
         ValueError: a moving edge without fitting ``x``.
@@ -157,10 +160,10 @@ def edge_line(
         label,
         at,
         xycoords=transform,
-        xytext=(-2, 3),
+        xytext=(-2, -4 if below else 3),
         textcoords="offset points",
         ha="right",
-        va="bottom",
+        va="top" if below else "bottom",
         color=color,
     )
     return ax
@@ -210,6 +213,54 @@ def loss_and_sharpness(
     if edge is not None:
         edge_line(axes[1], edge, edge_label)
     return axes
+
+
+def sharpness_and_edges(
+    ax: Axes,
+    runs: Sequence[Any],
+    label: str | None = None,
+    color: str = COLORS["blue"],
+    *,
+    gd_edge: bool = True,
+) -> Axes:
+    """Sharpness along training, on a logarithmic scale, with the edges that it is to be held to.
+
+    Args:
+        runs: the seeds of one setting, or records of an `EdgeRecorder`: each with the columns
+            ``step``, ``sharpness``, ``sam_edge`` and ``gd_edge``, measured at the same steps. The
+            SAM edge shown is the median over them; where it is 2/η everywhere, there is only one.
+        label: name of the sharpness, for the legend.
+        gd_edge: whether to draw 2/η, and to read that column.
+
+    Raises:
+        ValueError: no runs, or runs measured at different steps.
+    """
+    if not runs:
+        raise ValueError("at least one run is needed, got none")
+    x, sam = (np.array([run[name] for run in runs]) for name in ("step", "sam_edge"))
+    if (x != x[0]).any():
+        raise ValueError("the runs must be measured at the same steps")
+    trajectory(ax, x[0], [run["sharpness"] for run in runs], label, color)
+    gd = np.array([run["gd_edge"] for run in runs]) if gd_edge else np.inf
+    if (sam < gd).any():
+        moving = COLORS["vermillion"]
+        edge_line(ax, np.median(sam, axis=0), "SAM edge", x[0], moving, below=True)
+    if gd_edge:
+        edge_line(ax, np.median(gd, axis=0), "2/η", x[0])
+    ax.set(xlabel="step", ylabel="sharpness λ₁")
+    return log_scale(ax, "y")
+
+
+def log_scale(ax: Axes, *names: str) -> Axes:
+    """Make axes ("x", "y" or both) logarithmic, with numbers as one says them: 0.5, 2, 10."""
+    ticker = require("matplotlib.ticker", extra="book")
+    for name in names:
+        ax.set(**{f"{name}scale": "log"})
+        axis = {"x": ax.xaxis, "y": ax.yaxis}[name]
+        axis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    return ax
 
 
 def contour(

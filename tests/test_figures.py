@@ -126,6 +126,7 @@ def test_drawing_touches_neither_pyplot_nor_the_defaults():
         ax = lambda: Figure().add_subplot()
         figures.trajectory(ax(), [0, 1], [[1, 2], [2, 3]], "a")
         figures.edge_line(ax(), 2.0, "2/η")
+        figures.log_scale(ax(), "x", "y")
         run = Run({}, 0, {"step": [0, 1], "loss": [2, 1], "sharpness": [1, 2]})
         figures.loss_and_sharpness(Figure().subplots(2), [run], edge=2.0)
         figures.contour(ax(), [0, 1], [0, 1], [[0, 1], [1, 2]])
@@ -217,6 +218,50 @@ def test_a_clock_of_ones_own(axes):
     )
     np.testing.assert_allclose(axes[0].lines[0].get_xdata(), [0, 0.2, 0.4])
     assert axes[1].get_xlabel() == "time η × step"
+
+
+def edged(sam_edge, steps=(0, 5, 10)):
+    """A run of an EdgeRecorder, as far as the figure reads it."""
+    columns = {"step": steps, "sharpness": [1.0, 2.0, 1.5], "sam_edge": sam_edge}
+    return {name: np.array(values) for name, values in columns.items()} | {"gd_edge": np.full(3, 4)}
+
+
+def test_sharpness_stands_beside_both_edges_and_the_moving_one_is_the_median(ax):
+    runs = [edged([3.0, 2.0, level]) for level in (1.0, 1.5, 1.8)]
+    figures.sharpness_and_edges(ax, runs, "SAM")
+    sharpness, sam, gd = ax.lines
+    assert sharpness.get_ydata().tolist() == [1.0, 2.0, 1.5]
+    assert sam.get_ydata().tolist() == [3.0, 2.0, 1.5]
+    assert gd.get_ydata().tolist() == [4, 4, 4]
+    assert [text.get_text() for text in ax.texts] == ["SAM edge", "2/η"]
+    assert ax.get_yscale() == "log"
+
+
+def test_a_logarithmic_axis_says_its_numbers_plainly(ax):
+    ax.plot([0.4, 6.0], [1, 2])
+    figures.log_scale(ax, "x")
+    ax.figure.canvas.draw()
+    said = {tick.get_text() for tick in ax.get_xticklabels(which="both")}
+    assert {"0.5", "1", "2", "5"} <= said
+    assert ax.get_yscale() == "linear"
+
+
+def test_the_name_of_an_edge_may_stand_below_it(ax):
+    figures.edge_line(ax, 1.0, "above")
+    figures.edge_line(ax, 1.0, "below", below=True)
+    assert [text.get_va() for text in ax.texts] == ["bottom", "top"]
+
+
+def test_gradient_descent_has_one_edge(ax):
+    figures.sharpness_and_edges(ax, [edged([4.0, 4.0, 4.0])])
+    assert [text.get_text() for text in ax.texts] == ["2/η"]
+
+
+def test_runs_of_one_figure_share_their_steps(ax):
+    with pytest.raises(ValueError, match="same steps"):
+        figures.sharpness_and_edges(ax, [edged([3, 2, 1]), edged([3, 2, 1], (0, 4, 10))])
+    with pytest.raises(ValueError, match="at least one run"):
+        figures.sharpness_and_edges(ax, [])
 
 
 def test_a_path_on_level_lines(ax):
