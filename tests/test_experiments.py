@@ -1,5 +1,6 @@
 """Experiments: results on disk, claims and verdicts, the registry, running, the command line."""
 
+import dataclasses
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from sam_lab.experiments import (
     ResultError,
     Run,
     ledger,
+    side_by_side,
 )
 from sam_lab.experiments.__main__ import main
 from sam_lab.experiments.claims import t_interval, t_quantile
@@ -837,7 +839,7 @@ def test_kill_9_loses_at_most_the_run_in_progress(package, tmp_path):
     folder, out, log = package("toy_killed"), tmp_path / "out", tmp_path / "log"
     partial = out / ".toy_killed.laptop.partial"
     arguments = ("run", "toy_killed", "--out", out)
-    process = _command(folder, *arguments, TOY_SLOW="0.05", TOY_LOG=str(log))
+    process = _command(folder, *arguments, TOY_SLOW="0.3", TOY_LOG=str(log))
     _wait_for(lambda: len(list(partial.glob("*.json"))) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -860,7 +862,7 @@ def test_kill_9_loses_at_most_the_run_in_progress(package, tmp_path):
 def test_ctrl_c_on_the_command_line(package, tmp_path):
     folder, out = package("toy_stopped"), tmp_path / "out"
     partial = out / ".toy_stopped.laptop.partial"
-    process = _command(folder, "run", "toy_stopped", "--out", out, TOY_SLOW="0.05")
+    process = _command(folder, "run", "toy_stopped", "--out", out, TOY_SLOW="0.5")
     _wait_for(lambda: len(list(partial.glob("*.json"))) >= 1, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
@@ -959,6 +961,7 @@ def test_the_ledger_sets_both_scales_side_by_side(tmp_path, monkeypatch):
     experiments.run(experiment, out=tmp_path, progress=False)
     book = ledger(tmp_path)
     assert book._repr_markdown_() == (
+        f"**{experiment.title}**\n\n"
         "| Statement | Source | Criterion | Laptop | Paper |\n"
         "| --- | --- | --- | --- | --- |\n"
         "| It holds | Fig. 1 | 0.9 to 1.1 | 1.010 [0.985, 1.035] (3 seeds): reproduced "
@@ -970,6 +973,32 @@ def test_the_ledger_sets_both_scales_side_by_side(tmp_path, monkeypatch):
     experiments.run(experiment, "paper", out=tmp_path, progress=False)
     complete = ledger(tmp_path)
     assert "not yet run" not in complete._repr_markdown_().lower() and complete.problems == []
+
+
+def test_a_scale_between_the_two_has_its_column_where_an_experiment_has_it(tmp_path, monkeypatch):
+    wide = dataclasses.replace(
+        toy(claim([1.0, 1.01, 1.02]), name="wide"),
+        presets={"paper": Config(steps=30), "laptop": Config(), "desktop": Config(steps=12)},
+        title="Three scales",
+    )
+    _only(monkeypatch, toy=toy(claim([1.0, 1.01, 1.02])), wide=wide)
+    experiments.run(wide, "desktop", out=tmp_path, progress=False)
+    tables = dict(ledger(tmp_path).tables())
+    assert tables["A toy"].header[3:] == ["Laptop", "Paper"]
+    assert tables["Three scales"].header[3:] == ["Laptop", "Desktop", "Paper"]
+    found = "1.010 [0.985, 1.035] (3 seeds): reproduced"
+    assert tables["Three scales"].rows[0][3:] == ["not yet run", found, "not yet run"]
+
+
+def test_results_stand_side_by_side_claim_by_claim(monkeypatch):
+    experiment = toy(claim([1.0, 1.01, 1.02], statement="It holds"))
+    _only(monkeypatch, toy=experiment)
+    small = experiments.run(experiment, progress=False)
+    large = experiments.run(experiment, "paper", progress=False)
+    table = side_by_side({"small": small, "large": large})
+    cell = "1.010 [0.985, 1.035]: reproduced"
+    assert table.header == ["Statement", "small", "large"]
+    assert table.rows == [["It holds (criterion: 0.9 to 1.1)", cell, cell]]
 
 
 def test_the_ledger_computes_verdicts_anew(tmp_path, monkeypatch):

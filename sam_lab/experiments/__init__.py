@@ -20,7 +20,7 @@ from sam_lab.experiments.core import (
     names,
     run,
 )
-from sam_lab.experiments.report import Ledger, ledger
+from sam_lab.experiments.report import Ledger, ledger, side_by_side
 
 __all__ = [
     "Busy",
@@ -40,4 +40,5 @@ __all__ = [
     "ledger",
     "names",
     "run",
+    "side_by_side",
 ]

@@ -40,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path)
     go = commands.add_parser("run", help="run an experiment and store its result")
     go.add_argument("name")
-    go.add_argument("--scale", default="laptop", help="preset: laptop (default) or paper")
+    go.add_argument(
+        "--scale",
+        default="laptop",
+        help="preset: laptop (default), desktop where there is one, or paper",
+    )
     go.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     go.add_argument("--seeds", default="3", help="how many (default 3), or which: 0,1,2")
     go.add_argument("--out", type=Path, default=Path("results"), help="folder (default: results)")

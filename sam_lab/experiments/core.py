@@ -48,7 +48,11 @@ __all__ = [
     "run",
 ]
 
-SCALES = ("laptop", "paper")
+REQUIRED = ("laptop", "paper")
+SCALES = ("laptop", "desktop", "paper")
+"""The presets that the ledger sets side by side, from small to large: minutes on two CPU cores; the
+largest run on the papers' own data that two cores finish in about an hour; the papers' own scale.
+"""
 
 
 class ExperimentError(ValueError):
@@ -64,7 +68,8 @@ class Experiment:
         title: one line for a reader.
         source: paper, figure or section.
         presets: a frozen dataclass instance for ``"laptop"`` (minutes on two cores) and one for
-            ``"paper"``; more presets are allowed.
+            ``"paper"``, and for ``"desktop"`` where there is something between (see `SCALES`);
+            more presets are allowed.
         settings: ``settings(config)`` lists what is compared, each a dict such as ``{"lr": 0.1}``.
         run: ``run(config, setting, seed, device, progress)`` measures one setting with one seed and
             returns columns, ``{"loss": [...], ...}``; ``progress(done, total)`` may be called along
@@ -86,7 +91,7 @@ class Experiment:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise ValueError(f"experiment name must be a module name, got {self.name!r}")
-        missing = [scale for scale in SCALES if scale not in self.presets]
+        missing = [scale for scale in REQUIRED if scale not in self.presets]
         if missing:
             raise ValueError(f"experiment {self.name!r} needs a preset {missing[0]!r}")
         for scale, config in self.presets.items():

@@ -1,8 +1,9 @@
-"""The ledger: all claims of all experiments, laptop and paper scale side by side."""
+"""The ledger: all claims of all experiments, their scales side by side."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,8 @@ class Ledger:
     """Claims and their verdicts, computed from the runs of the result files of a folder.
 
     Attributes:
-        entries: a claim each: its experiment, the claim, and its verdict at each scale (None where
-            that scale was not run).
+        entries: a claim each: its experiment, the claim, and its verdict at each scale that the
+            experiment has (None where it was not run).
         problems: files that could not be used, and why.
     """
 
@@ -25,36 +26,77 @@ class Ledger:
     problems: list[str] = field(default_factory=list)
     out: str = "book/results"
 
-    def table(self) -> Table:
-        """One row a claim; what is missing says how to make it."""
-        rows = []
-        missing: dict[str, None] = {}
+    def tables(self) -> list[tuple[str, Table]]:
+        """For each experiment its title and its claims, one row a claim, one column a scale."""
+        grouped: dict[str, list[list[str]]] = {}
+        headers: dict[str, list[str]] = {}
         for experiment, claim, verdicts in self.entries:
-            cells = []
-            for scale, verdict in verdicts.items():
-                if verdict is None:
-                    missing[experiment.command(scale, out=self.out)] = None
-                    cells.append("not yet run")
-                else:
-                    cells.append(f"{verdict.measured} ({verdict.seeds}): {verdict.explained}")
+            cells = [_found(verdict) for verdict in verdicts.values()]
             words = f"{claim.criterion} {claim.unit}".rstrip()
-            rows.append([claim.statement, claim.source, words, *cells])
+            grouped.setdefault(experiment.title, []).append(
+                [claim.statement, claim.source, words, *cells]
+            )
+            scales = [scale.capitalize() for scale in verdicts]
+            headers[experiment.title] = ["Statement", "Source", "Criterion", *scales]
+        return [(title, Table(headers[title], rows)) for title, rows in grouped.items()]
+
+    def notes(self) -> list[str]:
+        """Files that could not be used, and the commands for results that are missing."""
+        missing = [
+            experiment.command(scale, out=self.out)
+            for experiment, _, verdicts in self.entries
+            for scale, verdict in verdicts.items()
+            if verdict is None
+        ]
         notes = []
         if self.problems:
             notes.append("Not used:\n\n" + "\n".join(f"- {problem}" for problem in self.problems))
         if missing:
-            notes.append("Not yet run:\n\n" + "\n".join(f"- `{command}`" for command in missing))
-        header = ["Statement", "Source", "Criterion", *(scale.capitalize() for scale in SCALES)]
-        return Table(header, rows, notes)
+            commands = "\n".join(f"- `{command}`" for command in dict.fromkeys(missing))
+            notes.append("Not yet run:\n\n" + commands)
+        return notes
 
     def _repr_markdown_(self) -> str:
-        return self.table()._repr_markdown_()
+        parts = [f"**{title}**\n\n{table._repr_markdown_()}" for title, table in self.tables()]
+        return "\n\n".join([*parts, *self.notes()])
 
     def __str__(self) -> str:
-        return str(self.table())
+        parts = [f"{title}\n\n{table}" for title, table in self.tables()]
+        return "\n\n".join([*parts, *self.notes()]) or "nothing to show"
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _found(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "not yet run"
+    return f"{verdict.measured} ({verdict.seeds}): {verdict.explained}"
+
+
+def _briefly(verdict: Verdict) -> str:
+    return f"{verdict.measured}: {verdict.verdict}"
+
+
+def side_by_side(results: Mapping[str, Result]) -> Table:
+    """The same claims on several results: one row a statement, one column a result, by its name.
+
+    Verdicts are computed anew from the runs. A result without that claim has an empty cell. For
+    seeds and reasons see each result's own table.
+    """
+    statements: dict[str, str] = {}
+    judged: dict[str, dict[str, Verdict]] = {}
+    for name, result in results.items():
+        verdicts = get(result.experiment).judge(result)
+        judged[name] = {verdict.id: verdict for verdict in verdicts}
+        for verdict in verdicts:
+            words = f"{verdict.statement} (criterion: {verdict.criterion_in_words})"
+            statements.setdefault(verdict.id, words)
+    rows = [
+        [words, *(_briefly(found[id]) if id in found else "" for found in judged.values())]
+        for id, words in statements.items()
+    ]
+    return Table(["Statement", *results], rows)
 
 
 def ledger(directory: str | os.PathLike[str], out: str = "book/results") -> Ledger:
@@ -69,7 +111,8 @@ def ledger(directory: str | os.PathLike[str], out: str = "book/results") -> Ledg
     for name in names():
         experiment = get(name)
         judged: dict[str, dict[str, Verdict]] = {}
-        for scale in SCALES:
+        scales = [scale for scale in SCALES if scale in experiment.presets]
+        for scale in scales:
             path = Path(directory) / f"{name}.{scale}.json"
             try:
                 judged[scale] = _judge(experiment, scale, path)
@@ -80,7 +123,7 @@ def ledger(directory: str | os.PathLike[str], out: str = "book/results") -> Ledg
                 judged[scale] = {}
         for claim in experiment.claims:
             entries.append(
-                (experiment, claim, {scale: judged[scale].get(claim.id) for scale in SCALES})
+                (experiment, claim, {scale: judged[scale].get(claim.id) for scale in scales})
             )
     return Ledger(entries, problems, out)
 

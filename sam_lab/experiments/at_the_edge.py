@@ -1,0 +1,315 @@
+r"""What the three tasks of Long & Bartlett have in common: the grid, the run, and the claims.
+
+Each task is a network, data and a loss; it is trained with plain gradient descent (rho = 0) and
+with SAM, over a grid of learning rates and radii, and followed by `EdgeRecorder`. The claims are
+the same for all, so that a task is its own file and no more than what is its own.
+
+Where a claim speaks of all settings, its statistic is that of the worst one. "After arrival" is at
+the latest from half time on: a run whose sharpness never comes to its edge is judged there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sam_lab.experiments.core import Claim, Criterion, Result, Run
+from sam_lab.recorder import EdgeRecorder
+from sam_lab.sam import SAM
+
+__all__ = [
+    "Grid",
+    "arrival",
+    "at_equal_loss",
+    "claims",
+    "descent",
+    "full_batch",
+    "grid",
+    "late",
+    "perturbed_runs",
+    "ratio",
+]
+
+LONG_BARTLETT = "Long & Bartlett 2024"
+ARRIVED, LASTING = 0.9, 0.9  # share of the edge, and of the measurements from then on
+
+
+class Grid(Protocol):
+    """What a task's config has, besides its own fields.
+
+    Attributes:
+        lrs: learning rates, the smallest first.
+        rhos: radii; the first is 0, which is gradient descent.
+        steps, every: steps of a run, and from one measurement to the next.
+        tol: tolerance on the residual of an eigenpair, relative to the eigenvalue.
+    """
+
+    @property
+    def lrs(self) -> tuple[float, ...]: ...
+    @property
+    def rhos(self) -> tuple[float, ...]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def tol(self) -> float: ...
+
+
+def grid(config: Grid) -> list[dict[str, Any]]:
+    """Every learning rate with every radius."""
+    return [{"lr": lr, "rho": rho} for lr in config.lrs for rho in config.rhos]
+
+
+def full_batch(
+    problem: Callable[..., tuple[nn.Module, Callable[[], Tensor]]],
+) -> Callable[..., dict[str, list[float]]]:
+    """The `run` of a full-batch task: SAM around plain gradient descent, followed to its end.
+
+    Args:
+        problem: ``problem(config, seed, device)`` gives the network and its loss.
+
+    Returns:
+        ``run(config, setting, seed, device, progress)``, which returns the columns of
+        `EdgeRecorder`.
+    """
+
+    def run(
+        config: Grid,
+        setting: dict[str, Any],
+        seed: int,
+        device: torch.device | str,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, list[float]]:
+        model, loss = problem(config, seed, device)
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=setting["lr"]), setting["rho"], model)
+        record = EdgeRecorder(sam, loss, every=config.every, tol=config.tol)
+        for step in range(config.steps):
+            record()
+            sam.step(loss)
+            progress(step + 1, config.steps)
+        record(now=True)
+        return record.columns
+
+    return run
+
+
+# --- what a run says -----------------------------------------------------------------------------
+
+
+def ratio(run: Run) -> np.ndarray:
+    """Sharpness over the edge of the run's own optimizer, at each measurement."""
+    return run["sharpness"] / run["sam_edge"]
+
+
+def late(values: np.ndarray) -> np.ndarray:
+    """The second half."""
+    return values[len(values) // 2 :]
+
+
+def arrival(run: Run) -> float:
+    """The step on which the sharpness came to its edge and, by and large, stayed.
+
+    The first measurement with at least 90% of the edge from which on nine in ten have as much. A
+    run that starts beyond its edge and is thrown far below it has not arrived. At least one
+    interval between measurements; the last step where the sharpness never gets there.
+    """
+    there = ratio(run) >= ARRIVED
+    onward = np.cumsum(there[::-1])[::-1] / np.arange(len(there), 0, -1)
+    found = np.flatnonzero(there & (onward >= LASTING))
+    first = run["step"][found[0]] if len(found) else run["step"][-1]
+    return float(max(first, run["step"][1]))
+
+
+def at_equal_loss(run: Run, other: Run) -> float:
+    """Sharpness of one run over that of another, at the smallest loss that both have reached."""
+    level = max(run["loss"].min(), other["loss"].min())
+
+    def there(one: Run) -> float:
+        return float(one["sharpness"][np.flatnonzero(one["loss"] <= level)[0]])
+
+    return there(run) / there(other)
+
+
+def descent(result: Result, seed: int, lr: float) -> Run:
+    """The run of gradient descent."""
+    return result.select(lr=lr, rho=0.0, seed=seed)[0]
+
+
+def perturbed_runs(result: Result, seed: int) -> list[Run]:
+    """The runs of SAM, those with rho > 0."""
+    return [run for run in result.runs if run.seed == seed and run.settings["rho"] > 0]
+
+
+# --- what the runs decide ------------------------------------------------------------------------
+
+
+def _after_arrival(run: Run, *names: str) -> list[np.ndarray]:
+    """The columns from the arrival on, at the latest from half time on."""
+    there = run["step"] >= min(arrival(run), run["step"][-1] / 2)
+    return [run[name][there] for name in names]
+
+
+def _hover(run: Run) -> float:
+    return float(np.median(late(ratio(run))))
+
+
+def _spread(run: Run) -> float:
+    low, high = np.quantile(late(ratio(run)), [0.1, 0.9])
+    return float(high - low)
+
+
+def _below_descent_edge(run: Run) -> float:
+    return float(np.median(late(run["sharpness"] / run["gd_edge"])))
+
+
+def _edge_falls(run: Run) -> float:
+    (edge,) = _after_arrival(run, "sam_edge")
+    tail = edge[-max(len(edge) // 10, 1) :]
+    return float(np.median(tail) / edge[0])
+
+
+def _follows(run: Run) -> float:
+    """Slope of log sharpness against log edge, from the arrival on."""
+    sharpness, edge = _after_arrival(run, "sharpness", "sam_edge")
+    x, y = np.log(edge), np.log(sharpness)
+    return float(np.cov(x, y)[0, 1] / np.var(x, ddof=1))
+
+
+def _better_aligned(run: Run) -> float:
+    grad, sam = _after_arrival(run, "grad_align", "sam_align")
+    return float(np.mean(sam > grad))
+
+
+def _alignment_gain(run: Run) -> float:
+    grad, sam = _after_arrival(run, "grad_align", "sam_align")
+    return float(np.mean(sam - grad))
+
+
+def claims() -> list[Claim]:
+    """The paper's claims on one task, each decided by the grid of runs."""
+
+    def over_sam(
+        combine: Callable[[list[float]], float], statistic: Callable[[Run], float]
+    ) -> Callable[[Result], list[float]]:
+        return lambda result: [
+            combine([statistic(run) for run in perturbed_runs(result, seed)])
+            for seed in result.seeds
+        ]
+
+    def worst_beside_descent(
+        statistic: Callable[[Run, Run], float],
+    ) -> Callable[[Result], list[float]]:
+        return lambda result: [
+            max(
+                statistic(run, descent(result, seed, run.settings["lr"]))
+                for run in perturbed_runs(result, seed)
+            )
+            for seed in result.seeds
+        ]
+
+    def farthest_from_one(values: list[float]) -> float:
+        return max(values, key=lambda value: abs(value - 1))
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    return [
+        Claim(
+            "gd-hovers",
+            "Gradient descent's sharpness hovers at 2/lr: second-half median of sharpness over "
+            "2/lr, at the largest learning rate",
+            "Cohen et al. 2021; " + LONG_BARTLETT,
+            "",
+            lambda result: [
+                _hover(descent(result, seed, max(result.config["lrs"]))) for seed in result.seeds
+            ],
+            Criterion(0.9, 1.15),
+        ),
+        Claim(
+            "sam-hovers",
+            "SAM's sharpness hovers at the SAM edge: second-half median of sharpness over edge, at "
+            "the setting where that is farthest from 1",
+            LONG_BARTLETT,
+            "",
+            over_sam(farthest_from_one, _hover),
+            Criterion(0.9, 1.15),
+        ),
+        Claim(
+            "sam-stays-near",
+            "SAM's sharpness stays near the SAM edge: second-half width, from the 10th to the 90th "
+            "percentile, of sharpness over edge, at the setting where it is largest",
+            LONG_BARTLETT,
+            "",
+            over_sam(max, _spread),
+            Criterion(high=0.3),
+        ),
+        Claim(
+            "below-2/lr",
+            "SAM's sharpness lies below the edge of gradient descent: its second-half median over "
+            "2/lr, at the setting where it is largest",
+            LONG_BARTLETT,
+            "",
+            over_sam(max, _below_descent_edge),
+            Criterion(high=0.9),
+        ),
+        Claim(
+            "below-gd-at-equal-loss",
+            "At equal training loss SAM's sharpness is below gradient descent's of the same "
+            "learning rate: ratio, at the setting where it is largest",
+            LONG_BARTLETT,
+            "",
+            worst_beside_descent(at_equal_loss),
+            Criterion(high=0.9),
+        ),
+        Claim(
+            "edge-falls",
+            "The SAM edge falls as the gradient shrinks: median edge of the last tenth over the "
+            "edge on arrival, at the setting where it falls least",
+            LONG_BARTLETT,
+            "",
+            over_sam(max, _edge_falls),
+            Criterion(high=0.8),
+        ),
+        Claim(
+            "sharpness-follows",
+            "As the SAM edge falls the sharpness falls with it, which no fixed quadratic's can: "
+            "slope of log sharpness against log edge after arrival, at the setting where it is "
+            "farthest from 1",
+            "control",
+            "",
+            over_sam(farthest_from_one, _follows),
+            Criterion(0.75, 1.25),
+        ),
+        Claim(
+            "sam-better-aligned",
+            "SAM's gradient is better aligned with the top eigenvector than the plain one: share "
+            "of measurements after arrival, mean over settings",
+            LONG_BARTLETT,
+            "",
+            over_sam(mean, _better_aligned),
+            Criterion(low=0.75),
+        ),
+        Claim(
+            "alignment-gain",
+            "SAM's gradient is noticeably better aligned: mean gain in |cos| with the top "
+            "eigenvector after arrival, mean over settings",
+            LONG_BARTLETT,
+            "",
+            over_sam(mean, _alignment_gain),
+            Criterion(low=0.05),
+        ),
+        Claim(
+            "sam-arrives-early",
+            "SAM reaches its edge earlier in training than gradient descent reaches 2/lr: ratio of "
+            "the steps, at the setting where it is largest",
+            LONG_BARTLETT,
+            "",
+            worst_beside_descent(lambda run, base: arrival(run) / arrival(base)),
+            Criterion(high=0.5),
+        ),
+    ]

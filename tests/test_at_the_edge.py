@@ -1,0 +1,149 @@
+"""What the three tasks share: the statistics on runs made by hand, and the MLP task end to end."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from sam_lab import experiments
+from sam_lab.experiments import Result, Run, at_the_edge, sam_edge_mlp
+
+TINY = dataclasses.replace(
+    sam_edge_mlp.LAPTOP,
+    data="mnist1d",
+    images=40,
+    hidden=(8,),
+    lrs=(0.1, 0.2),
+    rhos=(0.0, 0.1),
+    steps=6,
+    every=2,
+)
+
+
+def made(rho, lr=0.5, seed=0, **columns):
+    """A run of eleven measurements, ten steps apart, exactly at its edge unless said otherwise."""
+    edge = np.full(11, 4.0) if rho == 0 else np.linspace(3.0, 1.0, 11)
+    base = {
+        "step": np.arange(0, 110, 10),
+        "loss": np.linspace(1.0, 0.1, 11),
+        "sharpness": edge.copy(),
+        "gd_edge": np.full(11, 2 / lr),
+        "sam_edge": edge,
+        "grad_align": np.full(11, 0.5),
+        "sam_align": np.full(11, 0.6),
+    }
+    return Run({"lr": lr, "rho": rho}, seed, {**base, **columns})
+
+
+def judged(make):
+    """Verdicts by id on three seeds of one gradient-descent and one SAM run."""
+    runs = [run for seed in range(3) for run in make(seed)]
+    result = Result("sam_edge_mlp", "laptop", {"lrs": [0.5]}, runs, [], {})
+    return {claim.id: claim.judge(result) for claim in at_the_edge.claims()}
+
+
+def test_runs_that_behave_as_the_paper_says_reproduce_every_claim():
+    late_start = np.where(np.arange(11) < 6, 1.0, 4.0)
+    verdicts = judged(
+        lambda seed: [made(0.0, seed=seed, sharpness=late_start), made(0.1, seed=seed)]
+    )
+    assert {verdict.verdict for verdict in verdicts.values()} == {"reproduced"}
+    assert verdicts["sam-hovers"].mean == 1
+    assert verdicts["sharpness-follows"].mean == pytest.approx(1)
+    assert verdicts["alignment-gain"].mean == pytest.approx(0.1)
+    assert verdicts["below-2/lr"].mean == pytest.approx(1.5 / 4)
+    assert verdicts["sam-arrives-early"].mean == pytest.approx(10 / 60, rel=1e-5)
+
+
+def test_a_fixed_quadratic_at_its_edge_is_told_from_a_network():
+    """Constant sharpness, an edge that comes down to it and stays: near the edge, but not by SAM's
+    doing."""
+    edge = np.linspace(2.1, 2.0, 11)
+    fixed = {"sharpness": np.full(11, 2.0), "sam_edge": edge}
+    descent = {"sharpness": np.full(11, 2.0)}
+    verdicts = judged(lambda seed: [made(0.0, seed=seed, **descent), made(0.1, seed=seed, **fixed)])
+    assert verdicts["sam-hovers"].verdict == "reproduced"
+    assert verdicts["sharpness-follows"].verdict == "not reproduced"
+    assert verdicts["below-gd-at-equal-loss"].verdict == "not reproduced"
+    assert verdicts["edge-falls"].verdict == "not reproduced"
+
+
+def test_a_run_above_its_edge_does_not_hover():
+    verdicts = judged(
+        lambda seed: [made(0.0, seed=seed), made(0.1, seed=seed, sharpness=np.full(11, 3.0))]
+    )
+    assert verdicts["sam-hovers"].verdict == "not reproduced"
+    assert verdicts["sam-hovers"].mean == pytest.approx((3 / 1.6 + 3 / 1.4) / 2, rel=1e-5)
+
+
+def test_arrival_is_the_step_from_which_on_the_sharpness_is_at_the_edge():
+    def arrives(sharpness):
+        return at_the_edge.arrival(made(0.1, sharpness=sharpness, sam_edge=np.full(11, 2.0)))
+
+    assert arrives(np.linspace(0.0, 3.0, 11)) == 60
+    assert arrives(np.zeros(11)) == 100, "never: the last step"
+    assert arrives(np.full(11, 2.0)) == 10, "there from the start: one interval"
+    thrown = np.array([9.0, 1.0, 1.2, 1.4, 1.6, 1.9, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert arrives(thrown) == 50, "beyond the edge at first, but thrown below it"
+    glance = np.array([0.5, 2.0, 2.0, 2.0, 2.0, 1.7, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert arrives(glance) == 10, "one measurement of ten below does not count"
+
+
+def test_equal_loss_is_the_smallest_that_both_have_reached():
+    slow = made(0.1, loss=np.linspace(1.0, 0.5, 11), sharpness=np.linspace(3.0, 1.0, 11))
+    fast = made(0.0, loss=np.linspace(1.0, 0.0, 11), sharpness=np.linspace(1.0, 6.0, 11))
+    assert at_the_edge.at_equal_loss(slow, fast) == pytest.approx(1.0 / 3.5)
+    assert at_the_edge.at_equal_loss(fast, slow) == pytest.approx(3.5)
+
+
+def test_the_grid_holds_every_rate_with_every_radius():
+    assert at_the_edge.grid(TINY) == [
+        {"lr": lr, "rho": rho} for lr in (0.1, 0.2) for rho in (0.0, 0.1)
+    ]
+
+
+def test_the_loss_is_a_fifth_of_cohens():
+    model, loss = sam_edge_mlp.problem(TINY, seed=3)
+    images = experiments.sam_edge_mlp.data.load("mnist1d", train=40, seed=3)
+    x = images.x.flatten(1)
+    error = model(x - x.mean(0)) - torch.eye(10)[images.y]
+    cohen = 0.5 * error.square().sum(1).mean()
+    assert loss().item() == pytest.approx(cohen.item() / 5, rel=1e-6)
+
+
+def test_the_mlp_task_runs_to_a_result_and_the_same_seed_gives_the_same_numbers():
+    result = experiments.run("sam_edge_mlp", TINY, seeds=3, device="cpu", progress=False)
+    assert len(result.runs) == 4 * 3
+    for run in result.runs:
+        assert run["step"].tolist() == [0, 2, 4, 6]
+        assert all(np.isfinite(values).all() for values in run.columns.values())
+        if run.settings["rho"] == 0:
+            assert (run["sam_edge"] == run["gd_edge"]).all()
+        else:
+            assert (run["sam_edge"] < run["gd_edge"]).all()
+    setting = {"lr": 0.2, "rho": 0.1}
+    again = Run(setting, 1, sam_edge_mlp.run(TINY, setting, 1, "cpu"))
+    assert again == result.select(seed=1, **setting)[0]
+    assert not any("failed" in verdict.reason for verdict in result.claims)
+
+
+def test_gradient_descent_in_the_grid_is_plain_gradient_descent():
+    columns = sam_edge_mlp.run(TINY, {"lr": 0.2, "rho": 0.0}, 0, "cpu")
+    model, loss = sam_edge_mlp.problem(TINY, seed=0)
+    for _ in range(TINY.steps):
+        model.zero_grad()
+        loss().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.2 * p.grad
+    assert columns["loss"][-1] == pytest.approx(loss().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["laptop", "desktop", "paper"])
+def test_presets_begin_with_gradient_descent_and_measure_often_enough(scale):
+    config = sam_edge_mlp.EXPERIMENT.presets[scale]
+    assert config.rhos[0] == 0
+    assert all(rho > 0 for rho in config.rhos[1:])
+    assert list(config.lrs) == sorted(config.lrs)
+    assert config.steps >= 40 * config.every
