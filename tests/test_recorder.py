@@ -343,6 +343,14 @@ def test_bad_arguments_are_named(call, error, message):
         call()
 
 
+def test_a_hessian_and_a_model_are_one_model_too_many():
+    model, loss = network()
+    hessian = Hessian(loss, model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="brings its own model"):
+        EdgeRecorder(optimizer, hessian, model=model)
+
+
 def test_groups_that_differ_have_no_common_edge():
     a, b = (torch.ones(1, requires_grad=True) for _ in "ab")
     groups = [{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}]
