@@ -18,6 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from sam_lab.experiments.core import Claim, Criterion, Result, Run
+from sam_lab.experiments.statistics import (
+    each_seed,
+    farthest_from_one,
+    late,
+    late_median,
+    late_width,
+)
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 
@@ -27,6 +34,7 @@ __all__ = [
     "at_equal_loss",
     "claims",
     "descent",
+    "follow",
     "full_batch",
     "grid",
     "late",
@@ -65,6 +73,24 @@ def grid(config: Grid) -> list[dict[str, Any]]:
     return [{"lr": lr, "rho": rho} for lr in config.lrs for rho in config.rhos]
 
 
+def follow(
+    sam: SAM,
+    loss: Callable[[], Tensor],
+    steps: int,
+    every: int,
+    tol: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[float]]:
+    """So many steps of SAM on one loss, from the first to the last as `EdgeRecorder` sees them."""
+    record = EdgeRecorder(sam, loss, every=every, tol=tol)
+    for step in range(steps):
+        record()
+        sam.step(loss)
+        progress(step + 1, steps)
+    record(now=True)
+    return record.columns
+
+
 def full_batch(
     problem: Callable[..., tuple[nn.Module, Callable[[], Tensor]]],
 ) -> Callable[..., dict[str, list[float]]]:
@@ -87,13 +113,7 @@ def full_batch(
     ) -> dict[str, list[float]]:
         model, loss = problem(config, seed, device)
         sam = SAM(torch.optim.SGD(model.parameters(), lr=setting["lr"]), setting["rho"], model)
-        record = EdgeRecorder(sam, loss, every=config.every, tol=config.tol)
-        for step in range(config.steps):
-            record()
-            sam.step(loss)
-            progress(step + 1, config.steps)
-        record(now=True)
-        return record.columns
+        return follow(sam, loss, config.steps, config.every, config.tol, progress)
 
     return run
 
@@ -104,11 +124,6 @@ def full_batch(
 def ratio(run: Run) -> np.ndarray:
     """Sharpness over the edge of the run's own optimizer, at each measurement."""
     return run["sharpness"] / run["sam_edge"]
-
-
-def late(values: np.ndarray) -> np.ndarray:
-    """The second half."""
-    return values[len(values) // 2 :]
 
 
 def arrival(run: Run) -> float:
@@ -154,19 +169,6 @@ def _after_arrival(run: Run, *names: str) -> list[np.ndarray]:
     return [run[name][there] for name in names]
 
 
-def _hover(run: Run) -> float:
-    return float(np.median(late(ratio(run))))
-
-
-def _spread(run: Run) -> float:
-    low, high = np.quantile(late(ratio(run)), [0.1, 0.9])
-    return float(high - low)
-
-
-def _below_descent_edge(run: Run) -> float:
-    return float(np.median(late(run["sharpness"] / run["gd_edge"])))
-
-
 def _edge_falls(run: Run) -> float:
     (edge,) = _after_arrival(run, "sam_edge")
     tail = edge[-max(len(edge) // 10, 1) :]
@@ -196,24 +198,19 @@ def claims() -> list[Claim]:
     def over_sam(
         combine: Callable[[list[float]], float], statistic: Callable[[Run], float]
     ) -> Callable[[Result], list[float]]:
-        return lambda result: [
-            combine([statistic(run) for run in perturbed_runs(result, seed)])
-            for seed in result.seeds
-        ]
+        return each_seed(
+            lambda result, seed: combine([statistic(run) for run in perturbed_runs(result, seed)])
+        )
 
     def worst_beside_descent(
         statistic: Callable[[Run, Run], float],
     ) -> Callable[[Result], list[float]]:
-        return lambda result: [
-            max(
+        return each_seed(
+            lambda result, seed: max(
                 statistic(run, descent(result, seed, run.settings["lr"]))
                 for run in perturbed_runs(result, seed)
             )
-            for seed in result.seeds
-        ]
-
-    def farthest_from_one(values: list[float]) -> float:
-        return max(values, key=lambda value: abs(value - 1))
+        )
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -225,9 +222,11 @@ def claims() -> list[Claim]:
             "2/lr, at the largest learning rate",
             "Cohen et al. 2021; " + LONG_BARTLETT,
             "",
-            lambda result: [
-                _hover(descent(result, seed, max(result.config["lrs"]))) for seed in result.seeds
-            ],
+            each_seed(
+                lambda result, seed: late_median(
+                    ratio(descent(result, seed, max(result.config["lrs"])))
+                )
+            ),
             Criterion(0.9, 1.15),
         ),
         Claim(
@@ -236,7 +235,7 @@ def claims() -> list[Claim]:
             "the setting where that is farthest from 1",
             LONG_BARTLETT,
             "",
-            over_sam(farthest_from_one, _hover),
+            over_sam(farthest_from_one, lambda run: late_median(ratio(run))),
             Criterion(0.9, 1.15),
         ),
         Claim(
@@ -245,7 +244,7 @@ def claims() -> list[Claim]:
             "percentile, of sharpness over edge, at the setting where it is largest",
             LONG_BARTLETT,
             "",
-            over_sam(max, _spread),
+            over_sam(max, lambda run: late_width(ratio(run))),
             Criterion(high=0.3),
         ),
         Claim(
@@ -254,7 +253,7 @@ def claims() -> list[Claim]:
             "2/lr, at the setting where it is largest",
             LONG_BARTLETT,
             "",
-            over_sam(max, _below_descent_edge),
+            over_sam(max, lambda run: late_median(run["sharpness"] / run["gd_edge"])),
             Criterion(high=0.9),
         ),
         Claim(

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from sam_lab import data, models
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
+from sam_lab.experiments.statistics import each_seed, farthest_from_one, late, late_median
 from sam_lab.stability import gd_edge
 from sam_lab.tracker import SharpnessTracker
 
@@ -315,26 +316,18 @@ def ratio(one: Run) -> np.ndarray:
     return one["sharpness"] / gd_edge(one.settings["lr"])
 
 
-def _late(values: np.ndarray) -> np.ndarray:
-    return values[len(values) // 2 :]
-
-
-def _each_seed(statistic: Callable[[Result, int], float]) -> Callable[[Result], list[float]]:
-    return lambda result: [float(statistic(result, seed)) for seed in result.seeds]
-
-
 def _sharpening(result: Result, seed: int) -> float:
     sharpness = main_runs(result, seed)[0]["sharpness"]
     return sharpness.max() / sharpness[0]
 
 
 def _farthest_hover(result: Result, seed: int) -> float:
-    hovers = [np.median(_late(ratio(one))) for one in main_runs(result, seed)]
-    return max(hovers, key=lambda hover: abs(hover - 1))
+    hovers = [late_median(ratio(one)) for one in main_runs(result, seed)]
+    return farthest_from_one(hovers)
 
 
 def _rises(result: Result, seed: int) -> float:
-    return min(_late(one["rises"]).mean() for one in main_runs(result, seed))
+    return min(late(one["rises"]).mean() for one in main_runs(result, seed))
 
 
 def _long_run(result: Result, seed: int) -> float:
@@ -346,7 +339,7 @@ def _long_run(result: Result, seed: int) -> float:
 
 def _flips(result: Result, seed: int) -> float:
     runs = main_runs(result, seed)
-    flips = [_late(one["along"][:-1] * one["next_along"][:-1] < 0).mean() for one in runs]
+    flips = [late(one["along"][:-1] * one["next_along"][:-1] < 0).mean() for one in runs]
     return min(flips)
 
 
@@ -381,7 +374,7 @@ EXPERIMENT = Experiment(
             "smallest main learning rate",
             COHEN,
             "",
-            _each_seed(_sharpening),
+            each_seed(_sharpening),
             Criterion(low=2.0),
         ),
         Claim(
@@ -390,7 +383,7 @@ EXPERIMENT = Experiment(
             "the learning rate where that is farthest from 1",
             COHEN,
             "",
-            _each_seed(_farthest_hover),
+            each_seed(_farthest_hover),
             Criterion(0.9, 1.15),
         ),
         Claim(
@@ -399,7 +392,7 @@ EXPERIMENT = Experiment(
             "the learning rate where it is smallest",
             COHEN,
             "",
-            _each_seed(_rises),
+            each_seed(_rises),
             Criterion(low=0.1),
         ),
         Claim(
@@ -408,7 +401,7 @@ EXPERIMENT = Experiment(
             "learning rate where it falls least",
             COHEN,
             "",
-            _each_seed(_long_run),
+            each_seed(_long_run),
             Criterion(high=0.8),
         ),
         Claim(
@@ -418,7 +411,7 @@ EXPERIMENT = Experiment(
             "is smallest",
             DAMIAN,
             "",
-            _each_seed(_flips),
+            each_seed(_flips),
             Criterion(low=0.8),
         ),
         Claim(
@@ -428,7 +421,7 @@ EXPERIMENT = Experiment(
             "2/lr",
             DAMIAN,
             "",
-            _each_seed(_past_the_edge),
+            each_seed(_past_the_edge),
             Criterion(low=0.1),
         ),
         Claim(
@@ -437,7 +430,7 @@ EXPERIMENT = Experiment(
             "largest relative difference along the branch",
             DAMIAN,
             "",
-            _each_seed(_blocked_is_flow),
+            each_seed(_blocked_is_flow),
             Criterion(high=0.05),
         ),
         Claim(
@@ -446,7 +439,7 @@ EXPERIMENT = Experiment(
             "sharpness over 2/lr",
             "control",
             "",
-            _each_seed(lambda result, seed: ratio(control(result, "small_lr", seed)).max()),
+            each_seed(lambda result, seed: ratio(control(result, "small_lr", seed)).max()),
             Criterion(high=0.5),
         ),
         Claim(
@@ -455,7 +448,7 @@ EXPERIMENT = Experiment(
             "over 2/lr",
             "control",
             "",
-            _each_seed(lambda result, seed: ratio(control(result, "relu_lr", seed)).max()),
+            each_seed(lambda result, seed: ratio(control(result, "relu_lr", seed)).max()),
             Criterion(high=0.9),
         ),
         Claim(
@@ -464,7 +457,7 @@ EXPERIMENT = Experiment(
             "its largest",
             COHEN,
             "",
-            _each_seed(_faded),
+            each_seed(_faded),
             Criterion(high=0.5),
         ),
     ],

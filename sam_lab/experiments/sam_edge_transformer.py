@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from sam_lab import models, text
 from sam_lab.experiments import at_the_edge
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
+from sam_lab.experiments.statistics import each_seed, late_median, late_width
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 
@@ -161,15 +162,6 @@ def batch_ratio(run: Run) -> np.ndarray:
     return run[PREFIX + "sharpness"] / run[PREFIX + "sam_edge"]
 
 
-def _middle(values: np.ndarray) -> float:
-    return float(np.median(at_the_edge.late(values)))
-
-
-def _width(values: np.ndarray) -> float:
-    low, high = np.quantile(at_the_edge.late(values), [0.1, 0.9])
-    return float(high - low)
-
-
 def _mean(values: list[float]) -> float:
     """Of quotients: twice as much and half as much cancel."""
     return float(np.exp(np.mean(np.log(values))))
@@ -185,21 +177,17 @@ def _overall(
             return at_the_edge.perturbed_runs(result, seed)
         return [run for run in result.runs if run.seed == seed]
 
-    return lambda result: [
-        _mean([statistic(run) for run in runs(result, seed)]) for seed in result.seeds
-    ]
+    return each_seed(lambda result, seed: _mean([statistic(run) for run in runs(result, seed)]))
 
 
-def _start(result: Result) -> list[float]:
-    lr = min(result.config["lrs"])
-    runs = [at_the_edge.descent(result, seed, lr) for seed in result.seeds]
-    return [float(at_the_edge.ratio(run)[0]) for run in runs]
+def _start(result: Result, seed: int) -> float:
+    return float(at_the_edge.ratio(at_the_edge.descent(result, seed, min(result.config["lrs"])))[0])
 
 
 def _beside_descent(result: Result, seed: int) -> float:
     quotients = [
-        _middle(at_the_edge.ratio(run))
-        / _middle(at_the_edge.ratio(at_the_edge.descent(result, seed, run.settings["lr"])))
+        late_median(at_the_edge.ratio(run))
+        / late_median(at_the_edge.ratio(at_the_edge.descent(result, seed, run.settings["lr"])))
         for run in at_the_edge.perturbed_runs(result, seed)
     ]
     return max(quotients, key=lambda quotient: abs(np.log(quotient)))
@@ -221,7 +209,7 @@ EXPERIMENT = Experiment(
             "edge, at the setting where it is farthest from 1",
             "control",
             "",
-            lambda result: [_beside_descent(result, seed) for seed in result.seeds],
+            each_seed(_beside_descent),
             Criterion(0.8, 1.25),
         ),
         Claim(
@@ -230,7 +218,7 @@ EXPERIMENT = Experiment(
             "sharpness over 2/lr before the first step, at the smallest learning rate",
             "control",
             "",
-            _start,
+            each_seed(_start),
             Criterion(low=1.0),
         ),
         Claim(
@@ -240,7 +228,7 @@ EXPERIMENT = Experiment(
             "geometric mean over settings",
             "control",
             "",
-            _overall(lambda run: _width(batch_ratio(run)) / _width(at_the_edge.ratio(run))),
+            _overall(lambda run: late_width(batch_ratio(run)) / late_width(at_the_edge.ratio(run))),
             Criterion(low=1.2),
         ),
         Claim(
@@ -250,7 +238,9 @@ EXPERIMENT = Experiment(
             "sharpness, geometric mean over settings",
             "control",
             "",
-            _overall(lambda run: _middle(run[PREFIX + "sharpness"]) / _middle(run["sharpness"])),
+            _overall(
+                lambda run: late_median(run[PREFIX + "sharpness"]) / late_median(run["sharpness"])
+            ),
             Criterion(low=1.02),
         ),
         Claim(
@@ -261,7 +251,8 @@ EXPERIMENT = Experiment(
             "control",
             "",
             _overall(
-                lambda run: _middle(run[PREFIX + "sam_edge"]) / _middle(run["sam_edge"]), True
+                lambda run: late_median(run[PREFIX + "sam_edge"]) / late_median(run["sam_edge"]),
+                True,
             ),
             Criterion(low=1.05),
         ),
@@ -272,7 +263,10 @@ EXPERIMENT = Experiment(
             "over the settings of SAM",
             "control",
             "",
-            _overall(lambda run: _middle(batch_ratio(run)) / _middle(at_the_edge.ratio(run)), True),
+            _overall(
+                lambda run: late_median(batch_ratio(run)) / late_median(at_the_edge.ratio(run)),
+                True,
+            ),
             Criterion(0.9, 1.1),
         ),
     ],

@@ -49,8 +49,9 @@ from torch.nn import functional as F
 
 from sam_lab import data, models
 from sam_lab.curvature import Hessian
-from sam_lab.experiments.at_the_edge import late, ratio
+from sam_lab.experiments.at_the_edge import follow, ratio
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
+from sam_lab.experiments.statistics import each_seed, farthest_from_one, late, late_median
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
@@ -491,13 +492,8 @@ def frozen(
     elif path != "living":
         raise ValueError(f'path must be "living", "linearised" or "taylor", got {path!r}')
     sam = _sam(params, config.network_lr, config.network_rho)
-    record = EdgeRecorder(sam, loss, every=config.every, tol=config.tol)
-    for step in range(config.network_steps):
-        record()
-        sam.step(loss)
-        progress(step + 1, config.network_steps)
-    record(now=True)
-    return {name: record.columns[name] for name in KEPT}
+    columns = follow(sam, loss, config.network_steps, config.every, config.tol, progress)
+    return {name: columns[name] for name in KEPT}
 
 
 # --- what the runs decide ------------------------------------------------------------------------
@@ -526,32 +522,28 @@ def settled(run: Run, within: float = 0.01) -> int:
     return first
 
 
-def _each_seed(statistic: Callable[[Result, int], float]) -> Callable[[Result], list[float]]:
-    return lambda result: [float(statistic(result, seed)) for seed in result.seeds]
-
-
 def _worst(
     study: str, statistic: Callable[[Run], float], choose: Callable[..., float] = max
 ) -> Callable[[Result], list[float]]:
     """The statistic of the run of this study in which it is largest (or what `choose` says)."""
-    return _each_seed(lambda result, seed: choose(map(statistic, runs_of(result, study, seed))))
+    return each_seed(lambda result, seed: choose(map(statistic, runs_of(result, study, seed))))
 
 
 def _on_network(path: str, statistic: Callable[[Run], float]) -> Callable[[Result], list[float]]:
-    return _each_seed(lambda result, seed: statistic(frozen_run(result, path, seed)))
+    return each_seed(lambda result, seed: statistic(frozen_run(result, path, seed)))
 
 
 def _hover(run: Run) -> float:
-    return float(np.median(late(ratio(run))))
+    return late_median(ratio(run))
 
 
 def _hover_while_positive(run: Run) -> float:
     below = np.flatnonzero(run["loss"] <= 0)
-    return float(np.median(late(ratio(run)[: below[0] if len(below) else None])))
+    return late_median(ratio(run)[: below[0] if len(below) else None])
 
 
 def _late_alignment(run: Run) -> float:
-    return float(np.median(late(run["grad_align"])))
+    return late_median(run["grad_align"])
 
 
 def _moved(result: Result, seed: int) -> float:
@@ -620,7 +612,7 @@ EXPERIMENT = Experiment(
             "over the first, on fixed quadratics and frozen networks",
             "control",
             "",
-            _each_seed(_moved),
+            each_seed(_moved),
             Criterion(high=1e-3),
         ),
         Claim(
@@ -656,7 +648,7 @@ EXPERIMENT = Experiment(
             "measured over predicted rate, at the gap where that is farthest from 1",
             "control",
             "",
-            _worst("pair", _fading, lambda rates: max(rates, key=lambda rate: abs(rate - 1))),
+            _worst("pair", _fading, farthest_from_one),
             Criterion(0.95, 1.05),
         ),
         Claim(
@@ -665,7 +657,7 @@ EXPERIMENT = Experiment(
             "median over steps, by the noisy gradient, at the smallest noise",
             "control",
             "",
-            _each_seed(lambda result, seed: np.median(_noise(result, seed, min)["batch"])),
+            each_seed(lambda result, seed: np.median(_noise(result, seed, min)["batch"])),
             Criterion(0.98, 1.02),
         ),
         Claim(
@@ -674,7 +666,7 @@ EXPERIMENT = Experiment(
             "over that by the noisy one",
             "control",
             "",
-            _each_seed(_apart),
+            each_seed(_apart),
             Criterion(low=1.1),
         ),
         Claim(
@@ -683,7 +675,7 @@ EXPERIMENT = Experiment(
             "edge: median ratio at the largest noise, the larger of the two",
             "control",
             "",
-            _each_seed(_loud),
+            each_seed(_loud),
             Criterion(high=0.9),
         ),
         Claim(
@@ -718,7 +710,7 @@ EXPERIMENT = Experiment(
             "that of the linearised one",
             LONG_BARTLETT,
             "",
-            _each_seed(_fallen),
+            each_seed(_fallen),
             Criterion(high=0.8),
         ),
         Claim(
