@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sam_lab._optional import require
+from sam_lab.experiments.claims import t_quantile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,6 +121,45 @@ def trajectory(
         ax.plot(x, ys.T, color=shade, linewidth=0.7, alpha=0.45)
     elif len(ys) > 1:
         ax.fill_between(x, ys.min(axis=0), ys.max(axis=0), color=shade, alpha=0.2, linewidth=0)
+    return ax
+
+
+def means(
+    ax: Axes,
+    x: ArrayLike,
+    ys: ArrayLike,
+    label: str | None = None,
+    color: str | None = None,
+    *,
+    linestyle: str = "-",
+) -> Axes:
+    """A quantity against a setting, over seeds: the mean, with its 95% t-interval as a bar.
+
+    Args:
+        x: positions, (T,).
+        ys: values, (seeds, T); at least two seeds.
+        label: name for the legend.
+        color: a colour; the next of the axes' cycle unless given.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    x, ys = np.asarray(x, dtype=float), np.asarray(ys, dtype=float)
+    if ys.ndim != 2 or x.shape != ys.shape[1:] or len(ys) < 2:
+        raise ValueError(f"ys must be (two seeds or more, T), x (T,), got {ys.shape}, {x.shape}")
+    half = t_quantile(len(ys) - 1) * ys.std(axis=0, ddof=1) / len(ys) ** 0.5
+    ax.errorbar(
+        x,
+        ys.mean(axis=0),
+        half,
+        label=label,
+        color=color,
+        linestyle=linestyle,
+        marker="o",
+        markersize=5,
+        capsize=3,
+        elinewidth=1.2,
+    )
     return ax
 
 

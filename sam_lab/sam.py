@@ -535,7 +535,8 @@ class SAM:
             if owner is not None:
                 owner.steps += 1
 
-        self.optimizer.register_step_post_hook(count)
+        # an optimizer may outlive many of us: the hook goes when we do
+        weakref.finalize(self, self.optimizer.register_step_post_hook(count).remove)
 
 
 def _processes() -> int:

@@ -3,8 +3,10 @@ r"""Stability edges: the largest curvature at which an optimizer can still desce
 On a quadratic loss with curvature $\lambda$ along one direction, each method below multiplies the
 gradient by a fixed factor a step. The method stays put in the long run while that factor lies
 between -1 and 1; the *edge* is the curvature at which it reaches -1, where the iterate jumps from
-one wall of the valley to the opposite one without losing height. All three functions are plain
-formulas on floats, NumPy arrays and tensors (mixed freely, broadcast, differentiable).
+one wall of the valley to the opposite one without losing height. These functions, and `growth`,
+which gives the size of that factor, are plain formulas on floats, NumPy arrays and tensors (mixed
+freely, broadcast, differentiable). With minibatches the factor is drawn anew each step;
+`mean_square_growth` and `mean_square_lr` are about its mean square, on a linear model.
 
 ==================  =============================================  ===============================
 function            one step                                       edge
@@ -23,7 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["gd_edge", "heavy_ball_edge", "sam_edge"]
+__all__ = [
+    "gd_edge",
+    "growth",
+    "heavy_ball_edge",
+    "mean_square_growth",
+    "mean_square_lr",
+    "sam_edge",
+]
+
+_MOST_EXAMPLES = 64
 
 
 def gd_edge(lr: Any) -> Any:
@@ -136,6 +147,199 @@ def sam_edge(lr: Any, rho: Any, grad_norm: Any) -> Any:
     return where(gone, limit, edge)[()]
 
 
+def growth(lr: Any, sharpness: Any, rho: Any = 0.0, momentum: Any = 0.0) -> Any:
+    r"""Factor per step by which the distance from a minimum grows along an eigenvector.
+
+    Near a minimum the loss is a quadratic. Along an eigenvector with curvature $\lambda$ gradient
+    descent (rho = 0), or SAM with the unnormalised perturbation $\epsilon = \rho g$
+    (`perturbations.unnormalized`), multiplies the distance by $1 - \eta\tilde\lambda$ with
+
+    $$\tilde\lambda = \lambda (1 + \rho\lambda).$$
+
+    With heavy-ball momentum m, `v <- m v + g(w + eps)`, `w <- w - lr v`, the weight and the
+    velocity are multiplied by a matrix, whose eigenvalues are the roots of
+    $z^2 - (1 + m - \eta\tilde\lambda) z + m = 0$. The factor is the larger modulus of the two: that
+    of every step without momentum, and of the mean over many steps with it. Above 1 the minimum is
+    left exponentially fast; 1 is reached at `heavy_ball_edge` if rho = 0.
+
+    The normalised SAM of Foret et al. is, at a point with gradient norm |g|, the unnormalised one
+    with the radius rho / |g|. Hence `sam_edge`, the curvature that solves
+    `growth(lr, curvature, rho / grad_norm) == 1`; but |g| changes from step to step, so that this
+    is the factor of one step, not of a stay at the minimum.
+
+    Args:
+        lr: learning rate eta, finite and above 0.
+        sharpness: the curvature lambda, finite, of either sign (along negative curvature a step
+            leads away); NaN (a missing measurement) gives NaN.
+        rho: radius over gradient norm, finite and at least 0. Its unit is that of 1 / curvature.
+        momentum: in [0, 1).
+
+    Each is a float, an array or a tensor; shapes are broadcast. With tensors the result is
+    differentiable, apart from `1 - lr * lambda~ = 0` without momentum and from the double root
+    with it; there the derivative is finite, but not one of the formula.
+
+    Returns:
+        The factor, at least `sqrt(momentum)`: a tensor if any argument is one (dtype and device of
+        the tensors), otherwise an array if any is one, otherwise a float.
+
+    Raises:
+        TypeError: an argument is no real number, array or tensor.
+        ValueError: an argument lies outside its range.
+
+    Source: textbook linear stability; for SAM the simplified rule of Andriushchenko & Flammarion
+    2022 (arXiv:2206.06232), on which the theory of Zhou et al. 2025 (arXiv:2410.10373) rests.
+
+    Example:
+        >>> growth(0.5, 4.0), growth(0.5, 4.0, rho=0.25), growth(0.5, 4.0, momentum=0.25)
+        (1.0, 3.0, 0.5)
+    """
+    _check("lr", lr, above=0.0)
+    _check("sharpness", sharpness, above=-math.inf, missing=True)
+    _check("rho", rho, least=0.0)
+    _check("momentum", momentum, least=0.0, below=1.0)
+    lr, sharpness, rho, momentum = _together(lr, sharpness, rho, momentum)
+    with np.errstate(over="ignore"):
+        total = abs(1.0 + momentum - lr * sharpness * (1.0 + rho * sharpness))  # |sum of the roots|
+        spread = total * total - 4.0 * momentum  # below 0 the roots are a complex pair
+    if isinstance(spread, float):
+        return math.sqrt(momentum) if spread < 0 else (total + math.sqrt(spread)) / 2.0
+    # roots are taken of positive numbers alone, so that no derivative is 0/0
+    where = torch.where if isinstance(spread, torch.Tensor) else np.where
+    one = lr / lr
+    apart = where(spread > 0, spread, one) ** 0.5 * (spread > 0)
+    pair = where(spread < 0, momentum, one) ** 0.5
+    return where(spread < 0, pair, (total + apart) / 2.0)[()]
+
+
+def mean_square_growth(x: Any, lr: float, rho: float = 0.0, batch: int = 1) -> float:
+    r"""Factor per step by which minibatch steps make the mean squared distance grow.
+
+    A linear model with the loss $\tfrac12 (x_i \cdot \delta)^2$ on example i, at the distance
+    $\delta$ from a minimum that fits all examples. Each step draws a batch B of examples, without
+    replacement and independently of the other steps. SGD (rho = 0), or SAM with the unnormalised
+    perturbation $\epsilon = \rho g$ from the same batch, takes
+
+    $$\delta' = (I - \eta G_B)\,\delta, \qquad G_B = H_B (I + \rho H_B), \qquad
+      H_B = \frac1b \sum_{i \in B} x_i x_i^\top,$$
+
+    so that $\Sigma = E[\delta\delta^\top]$ is mapped to
+    $E_B[(I - \eta G_B)\, \Sigma\, (I - \eta G_B)]$. The factor is the spectral radius of this map,
+    found from its matrix. As the map is symmetric and keeps positive matrices positive, that is its
+    largest eigenvalue. The minimum is stable in mean square if it is at most 1.
+
+    The directions in which no x_i points are left out: nothing moves there.
+
+    With the whole data as the batch the factor is `growth(lr, sharpness, rho) ** 2`, the largest
+    over the eigenvalues of the Hessian; with a smaller one it is never less. A single trajectory
+    typically grows by less than the mean square: the mean can explode, carried by ever fewer
+    trajectories, while nearly all shrink.
+
+    Args:
+        x: one row an example, (n, d): its inputs or, near an interpolating minimum of a network
+            with one output, the gradient of the output. An array or a tensor, computed in float64;
+            at most 64 rows, as the work grows as n^6.
+        lr: learning rate eta, finite and above 0.
+        rho: radius over gradient norm of the batch, finite and at least 0.
+        batch: examples in a batch, from 1 to n.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: an argument lies outside its range, or x is zero.
+
+    Source: linear stability in the sense of Wu, Ma & E 2018 and Wu, Wang & Su 2022; for SAM,
+    Zhou et al. 2025, definition 4.1 (arXiv:2410.10373). The formula for all batch sizes is derived
+    here, and exact.
+
+    Example:
+        >>> x = np.array([[1.0], [2.0]])
+        >>> round(mean_square_growth(x, 0.5, batch=2), 4)  # (1 - 0.5 * 2.5)**2
+        0.0625
+        >>> round(mean_square_growth(x, 0.5, batch=1), 4)  # (0.5**2 + 1**2) / 2
+        0.625
+    """
+    _check_number("lr", lr, above=0.0)
+    first, second = _mean_square(x, rho, batch)
+    return float(np.linalg.eigvalsh(np.diag(1.0 - lr * first) + lr**2 * second)[-1])
+
+
+def mean_square_lr(x: Any, rho: float = 0.0, batch: int = 1) -> float:
+    r"""The largest learning rate at which `mean_square_growth` is at most 1.
+
+    The map there is $1 - \eta L_1 + \eta^2 L_2$ with symmetric $L_1, L_2 \ge 0$. Its largest
+    eigenvalue is at most 1 exactly if $\eta L_2 \le L_1$: the rate is one over the largest
+    eigenvalue of $L_1^{-1/2} L_2 L_1^{-1/2}$. With the whole data as the batch that is
+    $2 / (\lambda (1 + \rho\lambda))$ for the largest eigenvalue of the Hessian; with a smaller
+    batch it is never more.
+
+    For SGD (rho = 0) it gives an edge, too: with x scaled by a number, the largest eigenvalue of
+    the Hessian can grow to `sharpness * mean_square_lr(x) / lr` before lr is unstable.
+
+    Args, raises, source: as `mean_square_growth`.
+
+    Example:
+        >>> x = np.array([[1.0], [2.0]])
+        >>> round(mean_square_lr(x, batch=2), 4), round(mean_square_lr(x, batch=1), 4)
+        (0.8, 0.5882)
+    """
+    first, second = _mean_square(x, rho, batch)
+    root = first**-0.5
+    return float(1.0 / np.linalg.eigvalsh(second * np.outer(root, root))[-1])
+
+
+def _mean_square(x: Any, rho: float, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The map of `mean_square_growth` is 1 - lr L1 + lr² L2: L1 (k²,), diagonal, and L2 (k², k²).
+
+    In the basis of the eigenvectors of E[G], in the k directions in which the rows of x point.
+    """
+    x = _rows(x)
+    _check_number("rho", rho, least=0.0)
+    n = len(x)
+    if isinstance(batch, bool) or not isinstance(batch, int | np.integer):
+        raise TypeError(f"batch must be an integer, got {type(batch).__name__}")
+    if not 1 <= batch <= n:
+        raise ValueError(f"batch must be from 1 to the {n} examples; got {batch}")
+    left, values, _ = np.linalg.svd(x, full_matrices=False)
+    rank = int((values > values[0] * max(x.shape) * np.finfo(np.float64).eps).sum())
+    y = left[:, :rank] * values[:rank]
+    # G = y' S C S y, where S selects the batch
+    C = np.eye(n) / batch + rho * (y @ y.T) / batch**2
+    # chance[m]: that m given examples are all in the batch
+    chance = np.cumprod([1.0] + [(batch - m) / (n - m) if m < batch else 0.0 for m in range(4)])
+    i, j, k, m = np.ix_(*[np.arange(n)] * 4)
+    pairs = chance[1 + (i != j)[:, :, 0, 0]]
+    eigenvalues, basis = np.linalg.eigh(y.T @ (C * pairs) @ y)
+    y = y @ basis
+    distinct = 1 + (j != i) + ((k != i) & (k != j)) + ((m != i) & (m != j) & (m != k))
+    # E[S C S ⊗ S C S] as a matrix, from the indices (j, m) to (i, k)
+    selected = C[:, :, None, None] * C[None, None] * chance[distinct]
+    selected = selected.transpose(0, 2, 1, 3).reshape(n * n, n * n)
+    both = np.kron(y, y)
+    return np.add.outer(eigenvalues, eigenvalues).ravel(), both.T @ selected @ both
+
+
+def _rows(x: Any) -> np.ndarray:
+    """The examples as a float64 array, checked."""
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu().numpy()
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "iuf":
+        what = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"x must be an array or a tensor of real numbers, got {what}")
+    if x.ndim != 2:
+        raise ValueError(f"x must have one row an example, (n, d); got shape {x.shape}")
+    if len(x) > _MOST_EXAMPLES:
+        raise ValueError(f"x may have at most {_MOST_EXAMPLES} rows, got {len(x)}")
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all() or not x.any():
+        raise ValueError("x must be finite and not zero everywhere")
+    return x
+
+
+def _check_number(name: str, value: Any, **bounds: Any) -> None:
+    _check(name, value, **bounds)
+    if np.ndim(value):
+        raise TypeError(f"{name} must be one number, got shape {tuple(value.shape)}")
+
+
 def _check(
     name: str,
     value: Any,
@@ -164,10 +368,12 @@ def _check(
     if missing:
         good = good | (entries != entries)
     if not bool(good.all()):
-        low = f"above {above:g}" if above is not None else f"at least {least:g}"
-        high = f" and below {below:g}" if below < math.inf else ""
+        terms = [] if infinite else ["finite"]
+        if above != -math.inf:
+            low = f"above {above:g}" if above is not None else f"at least {least:g}"
+            terms.append(low + (f" and below {below:g}" if below < math.inf else ""))
         bad = float(entries[~good].reshape(-1)[0])
-        raise ValueError(f"{name} must be {'' if infinite else 'finite, '}{low}{high}; got {bad:g}")
+        raise ValueError(f"{name} must be {', '.join(terms)}; got {bad:g}")
 
 
 def _together(*values: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from sam_lab import figures
 from sam_lab.experiments import Run
+from sam_lab.experiments.claims import t_interval
 from sam_lab.figures import COLORS, GROUND, INK
 
 # Machado, Oliveira & Fernandes (2009), severity 1.0, on linear RGB.
@@ -125,6 +126,7 @@ def test_drawing_touches_neither_pyplot_nor_the_defaults():
         before = matplotlib.rcParams.copy()
         ax = lambda: Figure().add_subplot()
         figures.trajectory(ax(), [0, 1], [[1, 2], [2, 3]], "a")
+        figures.means(ax(), [0, 1], [[1, 2], [2, 3]], "a")
         figures.edge_line(ax(), 2.0, "2/η")
         figures.log_scale(ax(), "x", "y")
         run = Run({}, 0, {"step": [0, 1], "loss": [2, 1], "sharpness": [1, 2]})
@@ -160,6 +162,16 @@ def test_a_trajectory_can_show_each_seed(ax):
 def test_one_run_has_no_range(ax):
     figures.trajectory(ax, torch.arange(2), torch.tensor([1.0, 2.0]))
     assert len(ax.lines) == 1 and not ax.collections
+
+
+def test_means_over_seeds_carry_their_interval(ax):
+    ys = np.array([[1.0, 4.0], [2.0, 4.0], [3.0, 7.0]])
+    figures.means(ax, [0, 1], ys, "late")
+    line, _, (bars,) = ax.containers[0]
+    np.testing.assert_allclose(line.get_xydata(), [[0, 2], [1, 5]])
+    ends = [t_interval(column) for column in ys.T]
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], ends, rtol=1e-9)
+    assert ax.get_legend_handles_labels()[1] == ["late"]
 
 
 def test_an_edge_is_dashed_and_named_beside_it(ax):
@@ -307,6 +319,7 @@ def test_estimates_beside_the_truth(ax):
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
+        (lambda ax: figures.means(ax, [0], [[1]]), "two seeds or more"),
         (lambda ax: figures.trajectory(ax, [0, 1], [1, 2, 3]), r"got \(1, 3\), \(2,\)"),
         (lambda ax: figures.edge_line(ax, [1, 2], "edge"), "needs x of that shape, got None"),
         (lambda ax: figures.edge_line(ax, [1, 2], "edge", [1]), r"needs x of that shape, got \(1"),

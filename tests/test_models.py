@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from sam_lab.models import ACTIVATIONS, ChannelNorm, cnn, mlp
+from sam_lab.models import ACTIVATIONS, ChannelNorm, Residual, cnn, mlp, wide_resnet
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -158,3 +159,152 @@ def test_the_cnn_with_layer_norm_can_be_differentiated_twice(memory_format) -> N
     difference = (sides[0] - sides[1]) / (2 * step)
     error = torch.cat([part.flatten() for part in product]) - difference
     assert error.norm() < 1e-6 * difference.norm()
+
+
+# --- wide residual networks -----------------------------------------------------------------------
+
+WIDE = (10, 2, (3, 8, 8), 5)
+
+
+def wide_parameters(depth, width, channels=3, classes=10):
+    """Counted layer by layer."""
+    count, fan_in = 9 * channels * 16, 16
+    for fan_out in (16 * width, 32 * width, 64 * width):
+        for block in range((depth - 4) // 6):
+            count += 2 * fan_in + 9 * fan_in * fan_out  # norm, convolution
+            count += 2 * fan_out + 9 * fan_out * fan_out
+            if block == 0 and fan_in != fan_out:
+                count += fan_in * fan_out  # 1x1
+            fan_in = fan_out
+    return count + 2 * fan_in + (fan_in + 1) * classes
+
+
+def test_wide_resnets_have_the_parameters_that_their_paper_states():
+    """In millions; to the last one for WRN-16-8."""
+    assert flat(wide_resnet(16, 8)).numel() == wide_parameters(16, 8) == 10_961_370
+    stated = {(40, 1): 0.6, (40, 4): 8.9, (16, 8): 11.0, (22, 8): 17.2, (28, 10): 36.5}
+    for (depth, width), millions in stated.items():
+        assert round(wide_parameters(depth, width) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(("depth", "width", "channels", "classes"), [(10, 1, 1, 7), (22, 2, 3, 10)])
+def test_every_depth_and_width_has_its_number_of_parameters(depth, width, channels, classes):
+    model = wide_resnet(depth, width, (channels, 8, 8), classes)
+    assert flat(model).numel() == wide_parameters(depth, width, channels, classes)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert convolutions == depth - (width == 1)  # the first group's shortcut is then none
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (2, 9, 5)])
+def test_each_group_of_a_wide_resnet_halves_the_resolution(shape, stride):
+    model = wide_resnet(16, 1, shape, 7, stride=stride)
+    assert model(torch.zeros(2, *shape)).shape == (2, 7)
+    seen = []
+    for block in model:
+        if isinstance(block, Residual):
+            block.register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape[1:])))
+    model(torch.zeros(2, *shape))
+    expected = []
+    for group, channels in enumerate((16, 32, 64)):
+        sides = (-(-side // (stride * 2**group)) for side in shape[1:])
+        expected += [(channels, *sides)] * 2
+    assert seen == expected
+
+
+def by_hand(model, x, training):
+    """The network as functions of its tensors, statistics of batch norm included."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def normed(x, name):
+        statistics = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        scale, shift = state[f"{name}.weight"], state[f"{name}.bias"]
+        return F.batch_norm(x, *statistics, scale, shift, training, 0.1, 1e-5)
+
+    x = F.conv2d(x, state["0.weight"], padding=1)
+    for block, stride in ((1, 1), (2, 2), (3, 2)):
+        first = F.relu(normed(x, f"{block}.norm1"))
+        inner = F.conv2d(first, state[f"{block}.conv1.weight"], stride=stride, padding=1)
+        inner = F.conv2d(
+            F.relu(normed(inner, f"{block}.norm2")), state[f"{block}.conv2.weight"], padding=1
+        )
+        x = inner + F.conv2d(first, state[f"{block}.shortcut.weight"], stride=stride)
+    x = F.relu(normed(x, "4")).mean((2, 3))
+    return x @ state["8.weight"].T + state["8.bias"], state
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wide_resnet_is_its_formula(training):
+    model = wide_resnet(*WIDE, dtype=torch.float64).train(training)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():  # batch norms begin as 1 and 0
+            if tensor.is_floating_point():
+                tensor += 0.1 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+    x = torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
+    wanted, state = by_hand(model, x, training)
+    torch.testing.assert_close(model(x), wanted)
+    for name, tensor in model.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(tensor, state[name])
+
+
+@pytest.mark.parametrize(("fan_in", "fan_out", "stride"), [(4, 4, 1), (4, 6, 1), (4, 4, 2)])
+def test_a_block_takes_its_input_as_it_is_unless_channels_or_resolution_change(
+    fan_in, fan_out, stride
+):
+    block = Residual(fan_in, fan_out, stride).eval()
+    changes = fan_in != fan_out or stride != 1
+    assert (block.shortcut is not None) == changes
+    x = torch.randn(2, fan_in, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+        first = F.relu(x / (1 + 1e-5) ** 0.5)
+        wanted = F.conv2d(first, block.shortcut.weight, stride=stride) if changes else x
+        torch.testing.assert_close(block(x), wanted)
+
+
+def test_wide_resnets_begin_with_normal_weights_by_fan_out_and_batch_norms_as_identities():
+    model = wide_resnet(10, 4)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is None
+            scale = (2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(scale, rel=0.1)
+            assert module.weight.abs().max() > 2.5 * scale  # normal: a uniform one ends at 1.73
+        if isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all()) and bool((module.bias == 0).all())
+
+
+def test_the_seed_alone_decides_the_weights_of_a_wide_resnet():
+    before = torch.get_rng_state()
+    first = flat(wide_resnet(*WIDE, seed=5))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        again = wide_resnet(*WIDE, seed=5)
+    assert torch.equal(first, flat(again))
+    assert torch.equal(flat(wide_resnet(*WIDE, seed=5, dtype=torch.float64)).float(), first)
+    assert not torch.equal(first, flat(wide_resnet(*WIDE, seed=6)))
+    assert {p.device.type for p in wide_resnet(*WIDE, device="meta").parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("depth", [-2, 0, 4, 9, 12, 15])
+def test_a_wide_resnet_refuses_a_depth_without_whole_blocks(depth):
+    with pytest.raises(ValueError, match=f"depth must be 10, 16, .* got {depth}$"):
+        wide_resnet(depth)
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"width": 0}, r"got 0, 1 and \(3, 32, 32\)"),
+        ({"stride": 0}, r"got 8, 0 and \(3, 32, 32\)"),
+        ({"shape": (3, 32)}, r"got 8, 1 and \(3, 32\)"),
+        ({"shape": (3, 0, 32)}, r"got 8, 1 and \(3, 0, 32\)"),
+        ({"shape": ()}, r"got 8, 1 and \(\)"),
+    ],
+)
+def test_a_wide_resnet_refuses_what_makes_no_network(options, got):
+    with pytest.raises(ValueError, match=f"width, stride and shape .* must be positive, {got}"):
+        wide_resnet(**options)

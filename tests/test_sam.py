@@ -4,6 +4,8 @@ Docstrings that begin with "Trap" name what goes wrong in other implementations,
 discussion where there is one.
 """
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -467,3 +469,29 @@ def test_nothing_of_sam_is_in_the_optimizers_state():
     for _ in range(2):
         sam.step(loss_of(model))
     assert found == [[], [3] * 4]  # step, exp_avg, exp_avg_sq
+
+
+def test_an_optimizer_that_outlives_many_sams_keeps_no_hooks_of_theirs():
+    """One for each epoch, say: every step would call them all."""
+    model = network()
+    optimizer = SGD(model.parameters())
+    kept = SAM(optimizer)
+    own = []
+    optimizer.register_step_post_hook(lambda *_: own.append(0))
+    for _ in range(20):
+        SAM(optimizer).step(loss_of(model))
+    gc.collect()
+    assert len(optimizer._optimizer_step_post_hooks) == 2
+    assert not optimizer._optimizer_step_pre_hooks
+    kept.step(loss_of(model))
+    assert kept.steps == len(own) == 21
+
+
+def test_a_sam_keeps_no_optimizer_alive_that_is_not_its_own():
+    """What removes the hook at the end holds neither of the two."""
+    model = network()
+    sam = SAM(SGD(model.parameters()))
+    optimizer = weakref.ref(sam.optimizer)
+    del sam
+    gc.collect()
+    assert optimizer() is None

@@ -1,5 +1,6 @@
 """Edges of stability against brute force by torch and SAM, limits and the textbook formula."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 
 from sam_lab import SAM, gd_edge, heavy_ball_edge, sam_edge
 from sam_lab.perturbations import unnormalized
+from sam_lab.stability import growth, mean_square_growth, mean_square_lr
 
 positive = st.floats(1e-3, 1e3)
 more = st.floats(1.01, 100)
+X = np.ones((3, 2))
 GRID = [(0.5, 0.1, 1.0), (0.5, 0.1, 1e-4), (0.02, 1.0, 3.0), (2.0, 0.01, 0.05)]  # lr, rho, |g|
 
 
@@ -271,6 +274,260 @@ def test_with_much_momentum_sam_can_settle_below_its_edge_in_an_orbit_of_period_
     assert curvature < 0.9 * sam_edge(lr / (1 + momentum), rho, curvature * abs(path).min())
 
 
+# --- growth --------------------------------------------------------------------------------------
+
+
+@given(positive, more)
+def test_growth_passes_1_at_the_edge_of_gradient_descent(lr, factor):
+    edge = gd_edge(lr)
+    assert growth(lr, edge / factor) < growth(lr, edge) == pytest.approx(1)
+    assert growth(lr, factor * edge) == pytest.approx(2 * factor - 1)
+
+
+@given(positive, st.floats(0, 0.99), more)
+def test_growth_with_momentum_passes_1_at_the_edge_of_heavy_ball(lr, momentum, factor):
+    edge = heavy_ball_edge(lr, momentum)
+    assert growth(lr, edge, momentum=momentum) == pytest.approx(1)
+    assert growth(lr, factor * edge, momentum=momentum) > 1 + 1e-6
+    assert growth(lr, edge / factor, momentum=momentum) < 1
+
+
+@given(positive, positive, positive)
+def test_the_sam_edge_is_where_sam_with_radius_rho_over_the_gradient_norm_neither_grows_nor_shrinks(
+    lr, rho, norm
+):
+    assert growth(lr, sam_edge(lr, rho, norm), rho / norm) == pytest.approx(1, rel=1e-9)
+
+
+@given(positive, st.floats(-1e3, 1e3), st.floats(0, 1e3))
+def test_without_momentum_growth_is_the_multiplier_of_a_step(lr, curvature, rho):
+    multiplier = 1 - lr * curvature * (1 + rho * curvature)
+    assert growth(lr, curvature, rho) == pytest.approx(abs(multiplier), rel=1e-9, abs=1e-9)
+
+
+@given(positive, st.floats(-1e3, 1e3), st.floats(0, 1e3), st.floats(0, 0.99))
+def test_growth_is_the_spectral_radius_of_the_step_on_weight_and_velocity(
+    lr, curvature, rho, momentum
+):
+    ahead = curvature * (1 + rho * curvature)
+    step = np.array([[1 - lr * ahead, -lr * momentum], [ahead, momentum]])
+    scale = np.diag([1.0, lr])  # the same matrix with the velocity in other units
+    radius = abs(np.linalg.eigvals(scale @ step @ np.diag([1.0, 1 / lr]))).max()
+    # near a double root the eigenvalues are known to half the digits
+    found = growth(lr, curvature, rho, momentum)
+    assert found == pytest.approx(radius, rel=1e-6, abs=1e-6)
+    assert found >= math.sqrt(momentum)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize(("curvature", "rho"), [(3.0, 0.0), (4.5, 0.1), (9.0, 0.2), (-1.0, 0.1)])
+def test_steps_of_unnormalised_sam_grow_at_this_rate(curvature, rho, momentum):
+    w = weights(1.0)
+    sam = SAM(torch.optim.SGD([w], lr=0.5, momentum=momentum), rho, rule=unnormalized)
+    states = []
+    for _ in range(200):
+        sam.step(lambda: 0.5 * curvature * w.square().sum())
+        velocity = sam.optimizer.state[w].get("momentum_buffer")
+        states.append(math.hypot(w.item(), 0.0 if velocity is None else velocity.item()))
+    measured = math.log(states[-1] / states[39]) / 160
+    # complex roots turn as they grow: the length wavers by a bounded factor
+    assert measured == pytest.approx(math.log(growth(0.5, curvature, rho, momentum)), abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_growth_of_arrays_and_tensors_is_that_of_each_entry(kind):
+    curvatures = np.array([-1.0, 0.0, 0.5, 3.0, 9.0, math.nan])
+    momenta = np.array([[0.0], [0.3], [0.9]])
+    make = np.asarray if kind == "array" else torch.tensor
+    found = growth(0.5, make(curvatures), 0.1, make(momenta))
+    expected = [[growth(0.5, c, 0.1, m) for c in curvatures.tolist()] for m in momenta[:, 0]]
+    assert isinstance(found, np.ndarray if kind == "array" else torch.Tensor)
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+    assert isinstance(growth(1, 2), float)
+    assert growth(0.5, torch.tensor(2.0)).dtype == torch.float32
+
+
+def test_derivatives_of_growth_are_those_of_the_formula_and_finite_where_it_has_a_kink():
+    for point in ((0.5, 4.5, 0.1, 0.9), (0.5, 0.1, 0.1, 0.9), (0.5, 9.0, 0.1, 0.9)):
+        arguments = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in point]
+        assert torch.autograd.gradcheck(growth, arguments)
+    for point in ((0.5, 2.0, 0.0, 0.0), (0.5, 0.5, 0.0, 0.25), (0.5, 4.0, 0.0, 0.0)):
+        arguments = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in point]
+        slopes = torch.autograd.grad(growth(*arguments), arguments)
+        assert all(torch.isfinite(slope) for slope in slopes)
+
+
+def test_growth_beyond_all_numbers_is_infinite():
+    assert growth(0.5, 1e200) == math.inf
+    assert growth(0.5, np.array([1e200]))[0] == math.inf
+
+
+# --- growth of the mean square, with minibatches -------------------------------------------------
+
+
+def examples(seed, n, dim, spread=0.5):
+    """Random rows of uneven length."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, dim)) * np.exp(spread * rng.normal(size=(n, 1)))
+
+
+def step_matrices(x, lr, rho, batch):
+    """I - lr H (I + rho H) for every batch."""
+    one = np.eye(x.shape[1])
+    rows = [x[list(chosen)] for chosen in itertools.combinations(range(len(x)), batch)]
+    hessians = [part.T @ part / batch for part in rows]
+    return [one - lr * H @ (one + rho * H) for H in hessians]
+
+
+def enumerated(x, lr, rho, batch):
+    """The spectral radius of the mean of A ⊗ A over all batches, in the span of the rows."""
+    right = np.linalg.svd(x, full_matrices=False)[2][: np.linalg.matrix_rank(x)]
+    matrices = step_matrices(x @ right.T, lr, rho, batch)
+    return abs(np.linalg.eigvals(np.mean([np.kron(A, A) for A in matrices], axis=0))).max()
+
+
+def sharpness_of(x):
+    return np.linalg.norm(x, 2) ** 2 / len(x)
+
+
+SHAPES = [(1, 3), (4, 6), (4, 4), (5, 2), (5, 1)]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+@pytest.mark.parametrize(("n", "dim"), SHAPES)
+def test_mean_square_growth_is_that_of_all_batches_enumerated(n, dim, rho):
+    x = examples(n + dim, n, dim)
+    for batch in range(1, n + 1):
+        for lr in (0.05, 0.4, 3.0):
+            expected = enumerated(x, lr, rho, batch)
+            assert mean_square_growth(x, lr, rho, batch) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_rows_that_depend_on_each_other_are_no_trouble(rho):
+    x = examples(0, 3, 4)
+    x = np.concatenate([x, x[:1] - x[1:2], np.zeros((1, 4))])
+    for batch in (1, 2, 5):
+        expected = enumerated(x, 0.4, rho, batch)
+        assert mean_square_growth(x, 0.4, rho, batch) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "dim"), SHAPES)
+def test_the_full_batch_grows_as_the_square_of_its_eigenvectors(n, dim):
+    x = examples(n + dim, n, dim)
+    curvatures = np.linalg.svd(x, compute_uv=False) ** 2 / n
+    for lr in (0.01, 0.5, 5.0):
+        expected = (growth(lr, curvatures, 0.2) ** 2).max()
+        assert mean_square_growth(x, lr, 0.2, n) == pytest.approx(expected, rel=1e-9)
+    top = curvatures.max()
+    assert mean_square_lr(x, 0.2, n) == pytest.approx(2 / (top * (1 + 0.2 * top)), rel=1e-9)
+
+
+@given(st.lists(st.floats(0.1, 3), min_size=1, max_size=6), st.floats(0.01, 2), st.floats(0, 2))
+def test_in_one_dimension_with_single_examples_it_is_the_mean_of_the_squared_multipliers(
+    rows, lr, rho
+):
+    x = np.array(rows)[:, None]
+    multipliers = 1 - lr * x**2 * (1 + rho * x**2)
+    assert mean_square_growth(x, lr, rho) == pytest.approx((multipliers**2).mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize("lr", [0.1, 1.9, 2.1])
+def test_orthonormal_examples_one_at_a_time_decouple(lr):
+    """Each step changes one coordinate of n, by 1 - lr."""
+    n = 4
+    assert mean_square_growth(np.eye(n), lr) == pytest.approx((n - 1 + (1 - lr) ** 2) / n)
+    assert mean_square_lr(np.eye(n)) == pytest.approx(2)
+
+
+def test_examples_of_equal_length_one_at_a_time_turn_rho_into_a_larger_learning_rate():
+    x = examples(3, 5, 7)
+    x *= 1.3 / np.linalg.norm(x, axis=1, keepdims=True)
+    factor = 1 + 0.2 * 1.3**2
+    expected = mean_square_growth(x, 0.5 * factor)
+    assert mean_square_growth(x, 0.5, 0.2) == pytest.approx(expected, rel=1e-12)
+    assert mean_square_lr(x, 0.2) == pytest.approx(mean_square_lr(x) / factor, rel=1e-12)
+
+
+problems = st.tuples(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1.5))
+
+
+@given(problems, st.floats(0, 3), st.data())
+def test_the_stable_learning_rate_is_where_the_mean_square_neither_grows_nor_shrinks(
+    problem, rho, data
+):
+    x = examples(*problem)
+    batch = data.draw(st.integers(1, len(x)))
+    edge = mean_square_lr(x, rho, batch)
+    assert mean_square_growth(x, edge, rho, batch) == pytest.approx(1, rel=1e-6)
+    assert mean_square_growth(x, 1.1 * edge, rho, batch) > 1
+    assert mean_square_growth(x, 0.9 * edge, rho, batch) < 1 + 1e-9
+
+
+@given(problems, st.floats(0, 3), st.data())
+def test_the_stable_learning_rate_lies_between_that_of_the_worst_batch_and_the_full_one(
+    problem, rho, data
+):
+    """Where every batch contracts the mean does; and no mean square is below that of the mean."""
+    x = examples(*problem)
+    batch = data.draw(st.integers(1, len(x)))
+    steep = [
+        sharpness_of(x[list(chosen)])
+        for chosen in itertools.combinations(range(len(x)), batch)
+        if x[list(chosen)].any()
+    ]
+    worst = min(2 / (c * (1 + rho * c)) for c in steep)
+    full = mean_square_lr(x, rho, len(x))
+    assert worst * (1 - 1e-9) <= mean_square_lr(x, rho, batch) <= full * (1 + 1e-9)
+
+
+@given(problems)
+def test_for_sgd_the_stable_learning_rate_rises_with_the_batch(problem):
+    x = examples(*problem)
+    edges = [mean_square_lr(x, batch=batch) for batch in range(1, len(x) + 1)]
+    assert all(small <= large * (1 + 1e-9) for small, large in itertools.pairwise(edges))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_in_random_problems_sam_is_stricter_than_sgd_and_small_batches_than_large_ones(seed):
+    """Not proven for SAM: what is known of it here is that no search has found an exception."""
+    x = examples(seed, 5, 1 + seed % 4, spread=1.0)
+    edges = np.array(
+        [[mean_square_lr(x, rho, b) for b in range(1, 6)] for rho in (0.0, 0.1, 1.0, 10.0)]
+    )
+    assert (np.diff(edges, axis=0) < 0).all()
+    assert (np.diff(edges, axis=1) > 0).all()
+
+
+def test_the_units_of_the_loss_scale_the_stable_learning_rate():
+    x = examples(1, 4, 5)
+    edge = mean_square_lr(x, 0.3, 2)
+    assert mean_square_lr(3 * x, 0.3 / 9, 2) == pytest.approx(edge / 9, rel=1e-12)
+    turned = x @ np.linalg.qr(examples(2, 5, 5))[0]
+    assert mean_square_lr(turned, 0.3, 2) == pytest.approx(edge, rel=1e-9)
+    assert mean_square_lr(torch.tensor(x), 0.3, 2) == edge
+    assert mean_square_lr(x[::-1], 0.3, np.int64(2)) == pytest.approx(edge, rel=1e-9)
+
+
+def test_many_trajectories_of_the_library_grow_at_this_rate():
+    """Every batch of two steps of SAM, from the start that the map only scales."""
+    x, lr, rho = examples(5, 3, 3), 0.6, 0.2
+    matrices = step_matrices(x, lr, rho, 1)
+    values, vectors = np.linalg.eig(np.mean([np.kron(A, A) for A in matrices], axis=0))
+    second = vectors[:, values.real.argmax()].real.reshape(3, 3)
+    starts = np.linalg.cholesky(second * np.sign(second.trace())).T  # second = sum of s s'
+    rows, total = torch.tensor(x), 0.0
+    for start in starts:
+        for first, then in itertools.product(range(3), repeat=2):
+            w = weights(*start)
+            sam = SAM(torch.optim.SGD([w], lr=lr), rho, rule=unnormalized)
+            for i in (first, then):
+                sam.step(lambda w=w, i=i: 0.5 * (rows[i] @ w).square())
+            total += w.detach().square().sum().item() / 9
+    expected = mean_square_growth(x, lr, rho) ** 2
+    assert total / (starts**2).sum() == pytest.approx(expected, rel=1e-9)
+
+
 def test_types_shapes_and_dtypes_follow_the_arguments():
     assert isinstance(sam_edge(1, 0, 1), float)
     norms = np.array([0.0, 1.0, 4.0], dtype=np.float32)
@@ -314,6 +571,25 @@ def test_derivatives_are_those_of_the_formula_and_finite_at_the_limits():
         (lambda: sam_edge(0.1, -1e-9, 1.0), ValueError, "rho must be finite, at least 0"),
         (lambda: sam_edge(0.1, math.inf, 1.0), ValueError, "rho .*got inf"),
         (lambda: sam_edge(0.1, 0.1, -1.0), ValueError, "grad_norm must be at least 0; got -1"),
+        (lambda: growth(0.0, 1.0), ValueError, "lr must be finite, above 0; got 0"),
+        (lambda: growth(0.1, math.inf), ValueError, "sharpness must be finite; got inf"),
+        (lambda: growth(0.1, np.array([1.0, -math.inf])), ValueError, "sharpness .*got -inf"),
+        (lambda: growth(0.1, 1.0, rho=-1.0), ValueError, "rho must be finite, at least 0"),
+        (lambda: growth(0.1, 1.0, momentum=1.0), ValueError, "momentum .*got 1"),
+        (lambda: growth(0.1, [1.0]), TypeError, "sharpness must be a real number.*list"),
+        (lambda: mean_square_growth(X, 0.0), ValueError, "lr must be finite, above 0; got 0"),
+        (lambda: mean_square_growth(X, np.ones(2)), TypeError, r"lr .*one number.*\(2,\)"),
+        (lambda: mean_square_lr(X, -0.1), ValueError, "rho must be finite, at least 0"),
+        (lambda: mean_square_lr(X, batch=0), ValueError, "batch must be from 1 to the 3 .*got 0"),
+        (lambda: mean_square_lr(X, batch=4), ValueError, "batch must be from 1 to the 3 .*got 4"),
+        (lambda: mean_square_lr(X, batch=1.0), TypeError, "batch must be an integer, got float"),
+        (lambda: mean_square_lr(X, batch=True), TypeError, "batch must be an integer, got bool"),
+        (lambda: mean_square_lr([[1.0]]), TypeError, "x must be an array or a tensor.*list"),
+        (lambda: mean_square_lr(X * 1j), TypeError, "x must be .*complex128"),
+        (lambda: mean_square_lr(X[0]), ValueError, r"one row an example.*\(2,\)"),
+        (lambda: mean_square_lr(X * math.nan), ValueError, "x must be finite"),
+        (lambda: mean_square_lr(0 * X), ValueError, "not zero everywhere"),
+        (lambda: mean_square_lr(np.ones((65, 1))), ValueError, "at most 64 rows, got 65"),
     ],
 )
 def test_bad_input_names_argument_and_value(call, error, message):
