@@ -1,0 +1,474 @@
+"""The late phase: its runs against runs made one by one, and its claims against arithmetic."""
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from sam_problem import assert_equal, copies, length
+from torch import nn
+
+from sam_lab import Hessian, data, experiments
+from sam_lab.experiments import late_images, late_mnist1d, late_phase
+from sam_lab.experiments.core import Result, Run
+from sam_lab.training import Phase, early_sam, evaluate, late_sam
+
+SMALL = {
+    "train": 60,
+    "test": 40,
+    "epochs": 10,
+    "batch": 20,
+    "late": (0.9, 0.5, 0.75),
+    "early": (0.5, 0.9, 0.25),
+    "measured": 50,
+    "tol": 1e-3,
+    "points": 3,
+}
+TINY = dataclasses.replace(
+    late_mnist1d.LAPTOP, hidden=(4,), rhos=(0.1, 0.2), trace_tol=0.5, **SMALL
+)
+IMAGES = dataclasses.replace(late_images.LAPTOP, data="digits", hidden=(4,), trace_tol=0.5, **SMALL)
+# batch norm, augmentation, convolutions
+WIDE = dataclasses.replace(
+    late_images.DESKTOP,
+    **{**SMALL, "data": "digits", "augment": True, "epochs": 2, "late": (0.5,), "early": ()},
+    trace_tol=2.0,
+)
+BASE = {"schedule": "constant", "rho": 0.1, "smoothing": 0.1, "carried": True}
+OTHER = {"schedule": "steps", "rho": 0.2, "smoothing": 0.0, "carried": False}
+# the epochs of SAM, a run each
+TIMES = [(5, 10), (8, 10), (9, 10), (10, 10), (0, 2), (0, 5), (0, 9), (0, 10)]
+COLUMNS = {
+    *("sam_from", "sam_until", "passes", "objective", "train_loss", "train_error", "test_loss"),
+    *("test_error", "sharpness_objective", "sharpness", "trace", "trace_stderr", "norm"),
+}
+WAY = {"distance", "barrier", "switch_objective", "switch_sharpness"}
+CLAIMS = [*late_phase.claims(), *late_phase.factor_claims()]
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.51), (0.01,), (0.99,)])
+def test_switches_that_fall_together_or_on_an_end_are_refused(shares):
+    config = dataclasses.replace(TINY, early=shares)
+    with pytest.raises(ValueError, match="early must be shares of the 10 epochs"):
+        late_phase.run(config, BASE, seed=0)
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *late_mnist1d.EXPERIMENT.presets.values(),
+        *late_images.EXPERIMENT.presets.values(),
+        late_phase.Config("digits", 10, 10, rhos=(0.3, 0.1), carried=(False, True)),
+    ],
+)
+def test_every_setting_differs_from_the_base_in_one_factor(config):
+    base, *others = late_phase.settings(config)
+    factors = {
+        "schedule": config.schedules,
+        "rho": config.rhos,
+        "smoothing": config.smoothings,
+        "carried": config.carried,
+    }
+    assert base == {name: values[0] for name, values in factors.items()}
+    changes = [{name for name in base if other[name] != base[name]} for other in others]
+    assert all(len(change) == 1 for change in changes)
+    for name, values in factors.items():
+        found = [
+            other[name] for other, change in zip(others, changes, strict=True) if name in change
+        ]
+        assert [base[name], *found] == list(values)
+
+
+@pytest.mark.parametrize("setting", [BASE, OTHER])
+def test_a_setting_is_what_the_run_trains_with(setting):
+    training, found = late_phase.prepare(TINY, setting, seed=3)
+    assert training.phases == (Phase(0, 10),) and training.epoch == 0
+    assert training.carry is setting["carried"] and training.seed == 3
+    assert training.loss_fn.label_smoothing == setting["smoothing"]
+    factors = [training.schedule(epoch / 10) for epoch in range(10)]
+    steps = [1.0] * 3 + [0.2] * 3 + [0.04] * 4
+    assert factors == (steps if setting["schedule"] == "steps" else [1.0] * 10)
+    (group,) = training.optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
+    assert len(training.x) == 60 and len(found.x_test) == 40 and training.augment is None
+    assert late_phase.prepare(WIDE, setting)[0].augment is not None
+
+
+def test_settings_of_one_seed_share_data_and_initial_weights_and_seeds_do_not():
+    (one, here), (two, there), (three, elsewhere) = (
+        late_phase.prepare(TINY, setting, seed)
+        for setting, seed in ((BASE, 0), (OTHER, 0), (BASE, 1))
+    )
+    assert_equal(copies(one.model.parameters()), copies(two.model.parameters()))
+    assert_equal([here.x, here.x_test], [there.x, there.x_test])
+    assert not torch.equal(one.model[1].weight, three.model[1].weight)
+    assert not torch.equal(here.x, elsewhere.x)
+
+
+def test_images_are_standardized_by_the_training_set_a_channel_each():
+    config = dataclasses.replace(WIDE, data="photos", train=50, test=20)
+    _, found = late_phase.prepare(config, BASE, seed=2)
+    raw = data.load("photos", train=50, test=20, seed=2)
+    for channel in range(3):
+        mean, std = raw.x[:, channel].mean(), raw.x[:, channel].std()
+        for got, was in ((found.x, raw.x), (found.x_test, raw.x_test)):
+            torch.testing.assert_close(got[:, channel], (was[:, channel] - mean) / std)
+    assert torch.equal(found.y, raw.y) and torch.equal(found.y_test, raw.y_test)
+    sequences = data.load("mnist1d", train=60, test=40, seed=2)
+    assert torch.equal(late_phase.prepare(TINY, BASE, seed=2)[1].x_test, sequences.x_test)
+
+
+def test_unknown_schedules_and_too_many_examples_are_refused():
+    with pytest.raises(
+        ValueError, match="one of constant, steps, drop, got 'warm'"
+    ):
+        late_phase.prepare(TINY, {**BASE, "schedule": "warm"})
+    with pytest.raises(ValueError, match="train"):
+        late_phase.prepare(dataclasses.replace(IMAGES, train=100_000), BASE)
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters"),
+    [
+        (late_mnist1d, {"laptop": 15_210, "paper": 276_010}),
+        (late_images, {"laptop": 199_210, "desktop": 77_850, "paper": 10_961_370}),
+    ],
+    ids=["mnist1d", "images"],
+)
+def test_the_presets_are_the_networks_they_name(task, parameters):
+    """With few examples; in CIFAR-10's place photographs, which are there and have its shape."""
+    assert experiments.get(task.EXPERIMENT.name) is task.EXPERIMENT
+    for scale, count in parameters.items():
+        preset = task.EXPERIMENT.presets[scale]
+        name = "photos" if preset.data == "cifar10" else preset.data
+        few = dataclasses.replace(preset, data=name, train=20, test=20)
+        training, found = late_phase.prepare(few, late_phase.settings(few)[0])
+        assert sum(p.numel() for p in training.model.parameters()) == count
+        assert found.classes == 10 and training.epochs == preset.epochs
+        assert late_phase.LATE in preset.late and late_phase.LATE in preset.early
+        assert 0.5 in preset.late and 0.5 in preset.early
+        assert preset.schedules[:2] == ("constant", "steps")
+    assert set(parameters) == set(task.EXPERIMENT.presets)
+
+
+# --- the runs, one by one -------------------------------------------------------------------------
+
+
+def direct(config, setting, seed, span):
+    """The run with SAM in these epochs, from the start, and the weights at its switch."""
+    training, found = late_phase.prepare(config, setting, seed)
+    begin, end = span
+    epochs, rho = config.epochs, setting["rho"]
+    phases = late_sam(begin, epochs, rho) if end == epochs else early_sam(end, epochs, rho)
+    training = training.branch(phases)
+    switch = training.run(end if begin == 0 else begin).branch(phases)
+    return training.run(), switch, found
+
+
+def weights(training):
+    return [p.detach() for p in training.model.parameters()]
+
+
+def hessian(training, loss_fn=None):
+    """Over the first 50 examples, in evaluation mode."""
+    model, f = training.model.eval(), loss_fn or training.loss_fn
+    return Hessian(lambda: f(model(training.x[:50]), training.y[:50]), list(model.parameters()))
+
+
+@pytest.fixture(scope="module", params=[BASE, OTHER], ids=["base", "other"])
+def runs(request):
+    """Columns of a setting, and its runs made one by one, by their epochs of SAM."""
+    columns = late_phase.run(TINY, request.param, 10)
+    starts, stops = (map(int, columns[name]) for name in ("sam_from", "sam_until"))
+    spans = list(zip(starts, stops, strict=True))
+    return columns, {span: direct(TINY, request.param, 10, span) for span in spans}
+
+
+def test_runs_that_share_their_trunks_are_those_made_one_by_one(runs):
+    columns, alone = runs
+    assert list(alone) == TIMES and set(columns) == COLUMNS | WAY
+    for i, (training, _, found) in enumerate(alone.values()):
+        row = {name: values[i] for name, values in columns.items()}
+        for part, loss_fn, x, y in (
+            ("objective", training.loss_fn, found.x, found.y),
+            ("train_loss", nn.functional.cross_entropy, found.x, found.y),
+            ("test_loss", nn.functional.cross_entropy, found.x_test, found.y_test),
+        ):
+            assert row[part] == evaluate(training.model, x, y, loss_fn)[0]
+        assert row["train_error"] == evaluate(training.model, found.x, found.y)[1]
+        assert row["test_error"] == evaluate(training.model, found.x_test, found.y_test)[1]
+        assert row["norm"] == pytest.approx(length(weights(training)), rel=1e-6)
+        sam_epochs = row["sam_until"] - row["sam_from"]
+        assert row["passes"] == training.history[-1]["passes"] == 3 * (10 + sam_epochs)
+
+
+def test_curvature_is_that_of_the_dense_hessians_over_the_measured_examples(runs):
+    columns, alone = runs
+    for i in (1, 2):
+        dense = {}
+        for name, loss_fn in (
+            ("sharpness", nn.functional.cross_entropy),
+            ("sharpness_objective", None),
+        ):
+            H = hessian(alone[TIMES[i]][0], loss_fn)
+            dense[name] = H @ torch.eye(H.shape[0])
+            top = torch.linalg.eigvalsh(dense[name].double())[-1]
+            assert columns[name][i] == pytest.approx(top.item(), rel=2e-3)
+        trace = dense["sharpness"].trace().item()
+        assert abs(columns["trace"][i] - trace) < 4 * columns["trace_stderr"][i]
+        assert columns["trace_stderr"][i] <= TINY.trace_tol * columns["trace"][i]
+
+
+def test_the_way_is_that_from_the_switch_to_the_end(runs):
+    columns, alone = runs
+    for i, (training, switch, found) in enumerate(alone.values()):
+        row = {name: columns[name][i] for name in WAY}
+        if TIMES[i] in ((10, 10), (0, 10)):
+            assert all(math.isnan(value) for value in row.values())
+            continue
+        assert switch.epoch == TIMES[i][0] or switch.epoch == TIMES[i][1]
+        before, after = weights(switch), weights(training)
+        apart = [b - a for a, b in zip(before, after, strict=True)]
+        assert row["distance"] == pytest.approx(length(apart), rel=1e-5)
+        losses = []
+        for alpha in (0.0, 0.5, 1.0):
+            between = copy.deepcopy(training.model)
+            with torch.no_grad():
+                for p, a, b in zip(between.parameters(), before, after, strict=True):
+                    p.copy_((1 - alpha) * a + alpha * b)
+            losses.append(evaluate(between, found.x[:50], found.y[:50], training.loss_fn)[0])
+        assert row["switch_objective"] == pytest.approx(losses[0], rel=1e-5)
+        barrier = max(0.0, losses[1] - (losses[0] + losses[2]) / 2)
+        assert row["barrier"] == pytest.approx(barrier, abs=1e-6)
+        top = hessian(switch).top(tol=1e-4).values[0].item()
+        assert row["switch_sharpness"] == pytest.approx(top, rel=2e-3)
+
+
+def test_a_network_with_batch_norm_is_measured_in_evaluation_mode():
+    columns = late_phase.run(WIDE, BASE, 10)
+    assert [*zip(columns["sam_from"], columns["sam_until"], strict=True)] == [
+        (1, 2),
+        (2, 2),
+        (0, 2),
+    ]
+    assert all(np.isfinite(columns[name]).all() for name in COLUMNS)
+    assert columns["passes"] == [9, 6, 12]
+    training, switch, found = direct(WIDE, BASE, 10, (1, 2))
+    assert (
+        columns["objective"][0] == evaluate(training.model, found.x, found.y, training.loss_fn)[0]
+    )
+    x, y = found.x[:50], found.y[:50]
+    at_switch = evaluate(switch.model, x, y, training.loss_fn)[0]
+    assert columns["switch_objective"][0] == pytest.approx(at_switch, rel=1e-5)
+    top = hessian(training).top(tol=1e-3).values[0].item()
+    assert columns["sharpness_objective"][0] == pytest.approx(top, rel=1e-2)
+
+
+def test_progress_counts_the_passes_and_ends_where_it_said():
+    seen = []
+    late_phase.run(
+        dataclasses.replace(TINY, epochs=4, late=(0.5,), early=(0.75,), tol=0.5, trace_tol=9.0),
+        BASE,
+        10,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert {total for _, total in seen} == {4 + 8 + 2 * 2 + 1}
+    done = [done for done, _ in seen]
+    assert done[-1] == 17 and set(np.diff([0, *done])) == {1, 2}
+
+
+# --- end to end -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "config"), [(late_mnist1d, TINY), (late_images, IMAGES)])
+def test_a_small_grid_gives_every_claim_a_number_from_every_seed(task, config):
+    config = dataclasses.replace(config, tol=0.1, trace_tol=1.0)
+    result = experiments.run(task.EXPERIMENT, config, seeds=[10, 11], device="cpu", progress=False)
+    assert len(result.runs) == 2 * len(late_phase.settings(config))
+    for run in result.runs:
+        assert all(np.isfinite(run[name]).all() for name in COLUMNS)
+        switches = (run["sam_until"] - run["sam_from"]) % 10 != 0
+        assert all((np.isfinite(run[name]) == switches).all() for name in WAY)
+        assert (run["passes"] == 3 * (10 + run["sam_until"] - run["sam_from"])).all()
+    assert [claim.id for claim in result.claims] == [claim.id for claim in task.EXPERIMENT.claims]
+    for claim in result.claims:
+        assert "failed" not in claim.reason and len(claim.values) == 2
+        assert np.isfinite(claim.values).all()
+
+
+# --- the claims, by hand --------------------------------------------------------------------------
+
+NAMES = [
+    *("late 0.5", "late 0.75", "late 0.9", "sgd"),
+    *("early 0.25", "early 0.5", "early 0.9", "sam"),
+]
+
+
+def run_of(settings=BASE, seed=0, **columns):
+    """A run of ten epochs whose columns are given by the names of its rows."""
+    rows = dict(zip(("sam_from", "sam_until"), map(list, zip(*TIMES, strict=True)), strict=True))
+    for name, values in columns.items():
+        rows[name] = [values.get(row, math.nan) for row in NAMES]
+    return Run(settings, seed, rows)
+
+
+def after(time):
+    """The sharpness of late SAM after some time, at the constant rate: 4 at 0.05, 2 at 0.25."""
+    return 4.0 * (0.05 / time) ** (math.log(2) / math.log(5))
+
+
+SHARPNESS = {
+    **{"sgd": 16.0, "sam": 1.0, "late 0.5": 2.0, "late 0.75": after(0.1), "late 0.9": 4.0},
+    **{"early 0.5": 4.0, "early 0.9": 8.0},
+}
+
+
+def result_of(*runs):
+    return Result("hand-made", "laptop", {"lr": 0.05}, list(runs), [], {})
+
+
+RUNS = [
+    run_of(
+        sharpness_objective=SHARPNESS,
+        trace={"sgd": 100.0, "sam": 10.0, "late 0.9": 10**1.25},
+        test_error={
+            **{"sgd": 0.30, "sam": 0.25, "late 0.9": 0.27},
+            **{"late 0.5": 0.26, "early 0.5": 0.28},
+        },
+        barrier={"late 0.9": 0.02},
+        switch_objective={"late 0.9": 0.5},
+    ),
+    run_of(
+        {**BASE, "schedule": "steps"},
+        sharpness_objective={**SHARPNESS, "late 0.9": 8.0, "sam": 2.0},
+        test_error={
+            **{"sgd": 0.40, "sam": 0.39, "late 0.9": 0.38},
+            **{"late 0.5": 0.37, "early 0.5": 0.36},
+        },
+    ),
+    run_of(
+        {**BASE, "schedule": "drop"},
+        # 1.1 times the curve of the constant rate after one epoch of it and one at a tenth
+        sharpness_objective={
+            **SHARPNESS,
+            **{"late 0.5": after(0.205), "late 0.75": 1.1 * after(0.055)},
+        },
+        test_error={"sgd": 0.30, "late 0.75": 0.28, "early 0.25": 0.29},
+    ),
+    *(
+        run_of({**BASE, **change}, sharpness_objective={**SHARPNESS, **values})
+        for change, values in (
+            ({"rho": 0.05}, {"late 0.9": 6.0}),
+            ({"rho": 0.2}, {"late 0.9": 3.0}),
+            ({"carried": False}, {"late 0.9": 5.0}),
+            ({"smoothing": 0.0}, {"sgd": 0.5, "late 0.9": 2.0}),
+        )
+    ),
+]
+EXPECTED = {
+    "sam-is-flatter": 1 / 16,
+    "late-sam-is-as-flat": 0.5,  # 16 to 4 to 1
+    "late-sam-halfway": 0.5,
+    "late-sam-is-as-flat-in-trace": 0.75,
+    "sam-generalizes-better": 5.0,
+    "late-sam-generalizes-better": 3.0,
+    "late-sam-generalizes-as-well": 2.0,
+    "late-half-counts-more": 0.5,
+    "late-half-generalizes-better": 2.0,
+    "early-sam-is-forgotten": 0.25,  # 16 to 8 to 1
+    "no-barrier": 0.04,
+    "sam-is-flatter-in-steps": 1 / 8,
+    "late-sam-is-as-flat-in-steps": 1 / 3,  # 16 to 8 to 2
+    "sam-generalizes-better-in-steps": 1.0,
+    "late-sam-generalizes-better-in-steps": 2.0,
+    "late-half-counts-more-in-steps": 0.5,
+    "late-half-generalizes-better-in-steps": -1.0,
+    "early-sam-is-forgotten-in-steps": 1 / 3,
+    "learning-rate-is-the-clock": 1.1,
+    "late-sam-before-a-drop": math.log(16 / (1.1 * after(0.055))) / math.log(16),
+    "late-sam-before-a-drop-generalizes": 2.0,
+    "early-sam-before-a-drop-generalizes": 1.0,
+    "learning-rate-decides": 0.5,  # 16 to 8, where it is 16 to 4
+    "momentum-does-not-decide": 4 / 5,
+    "radius-decides": 3 / 6,
+    "plain-loss-misleads": 4.0,
+}
+
+
+def test_every_claim_is_tested_here():
+    assert sorted(EXPECTED) == sorted(claim.id for claim in CLAIMS)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_claims_statistic_is_the_arithmetic_of_its_statement(claim, order):
+    others = RUNS[1:][::order]  # whatever order the factors come in
+    assert claim.statistic(result_of(RUNS[0], *others)) == [pytest.approx(EXPECTED[claim.id])]
+
+
+def test_a_claim_has_one_number_from_each_seed():
+    twice = [RUNS[0], run_of(seed=7, sharpness_objective={**SHARPNESS, "sam": 4.0})]
+    values = CLAIMS[0].statistic(result_of(*twice))
+    assert CLAIMS[0].id == "sam-is-flatter" and values == [1 / 16, 1 / 4]
+
+
+@pytest.mark.parametrize(
+    ("method", "share", "value"),
+    [
+        ("sgd", None, 16.0),
+        ("sam", None, 1.0),
+        ("late", 0.5, 2.0),
+        ("late", 0.9, 4.0),
+        ("early", 0.5, 4.0),
+        ("early", 0.9, 8.0),
+        ("late", 0.93, 4.0),  # of ten epochs it is the ninth, as where the grid is made
+    ],
+)
+def test_the_end_of_a_run_is_found_by_its_epochs_of_sam(method, share, value):
+    assert late_phase.ends(RUNS[0], "sharpness_objective", method, share) == value
+
+
+def test_reached_is_0_for_sgd_1_for_sam_and_more_beyond():
+    run = run_of(
+        sharpness_objective={"sgd": 16.0, "sam": 4.0, "late 0.5": 2.0, "early 0.5": 32.0},
+        trace={"sgd": 8.0, "sam": 2.0, "late 0.5": 4.0},
+    )
+    assert late_phase.reached(run, "sgd", 0.5) == 0 and late_phase.reached(run, "sam", 0.5) == 1
+    assert late_phase.reached(run, "late", 0.5) == pytest.approx(1.5)
+    assert late_phase.reached(run, "early", 0.5) == pytest.approx(-0.5)
+    assert late_phase.reached(run, "late", 0.5, "trace") == pytest.approx(0.5)
+
+
+def test_a_run_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"no run with late at 0.7: SAM ran in \[\(.*5.*10"):
+        late_phase.ends(RUNS[0], "trace", "late", 0.7)
+    with pytest.raises(ValueError, match="method must be one of sgd, .*early, got 'adam'"):
+        late_phase.ends(RUNS[0], "trace", "adam")
+
+
+def test_shares_ascend_from_sgd_to_sam_and_values_go_with_them():
+    result, name = result_of(*RUNS), "sharpness_objective"
+    shares, late = late_phase.against_share(result, name, "late")
+    assert shares.tolist() == [0, 0.1, 0.2, 0.5, 1]
+    assert late.tolist() == [pytest.approx([16, 4, after(0.1), 2, 1], rel=1e-5)]  # as stored
+    shares, early = late_phase.against_share(result, name, "early", rho=0.2)
+    assert shares.tolist() == [0, 0.2, 0.5, 0.9, 1]
+    assert early[0, [0, 2, 3, 4]].tolist() == [16, 4, 8, 1]
+
+
+def test_the_learning_rate_is_summed_over_the_epochs_of_sam():
+    for schedule, sums in {
+        "constant": [0.05, 0.1, 0.25],
+        "steps": [0.002, 0.004, 0.018],
+        "drop": [0.005, 0.055, 0.205],
+    }.items():
+        found, fallen = late_phase.summed_lr(result_of(*RUNS), schedule=schedule)
+        assert found == pytest.approx(sums)
+        run = late_phase.base(result_of(*RUNS), 0, schedule=schedule)
+        late = [run["sharpness_objective"][NAMES.index(f"late {at}")] for at in (0.9, 0.75, 0.5)]
+        assert fallen.tolist() == [pytest.approx([sharpness / 16 for sharpness in late])]
