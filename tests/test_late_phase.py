@@ -124,9 +124,7 @@ def test_images_are_standardized_by_the_training_set_a_channel_each():
 
 
 def test_unknown_schedules_and_too_many_examples_are_refused():
-    with pytest.raises(
-        ValueError, match="one of constant, steps, drop, got 'warm'"
-    ):
+    with pytest.raises(ValueError, match="one of constant, steps, drop, got 'warm'"):
         late_phase.prepare(TINY, {**BASE, "schedule": "warm"})
     with pytest.raises(ValueError, match="train"):
         late_phase.prepare(dataclasses.replace(IMAGES, train=100_000), BASE)
