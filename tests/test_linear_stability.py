@@ -190,18 +190,18 @@ def test_a_threshold_is_found_from_either_side(guess):
 
 def test_normalised_sam_is_the_same_in_units_of_rho_for_every_rho():
     small, large = (
-        study.normalised(dataclasses.replace(TINY, rho=rho), problem(0), 1, seed=0)
+        study.normalized(dataclasses.replace(TINY, rho=rho), problem(0), 1, seed=0)
         for rho in (RHO, 1e3 * RHO)
     )
     np.testing.assert_allclose(small["distance"], large["distance"], rtol=1e-6)
 
 
 def test_with_the_full_batch_normalised_sam_ends_on_its_orbit():
-    columns = study.normalised(TINY, problem(0), 4, seed=0)
+    columns = study.normalized(TINY, problem(0), 4, seed=0)
     assert columns["distance"][0] == TINY.start
     assert columns["orbit"] == [pytest.approx(0.8 * 2 / (2 - 0.8 * 2))]
     assert columns["last"][0] == pytest.approx(columns["orbit"][0], rel=1e-6)
-    assert columns["rate_unnormalised"][0] > 0
+    assert columns["rate_unnormalized"][0] > 0
 
 
 def test_a_seed_repeats_its_run_and_another_one_changes_it():
@@ -235,9 +235,9 @@ def test_a_small_run_measures_everything_that_its_claims_need():
         "sam-is-stricter-than-sgd",
         "growth-full-batch",
         "simulation-is-the-library",
-        "unnormalised-sam-explodes-there",
-        "orbit-of-normalised-sam",
-        "normalised-sam-leaves-for-good-beyond-2-over-lr",
+        "unnormalized-sam-explodes-there",
+        "orbit-of-normalized-sam",
+        "normalized-sam-leaves-for-good-beyond-2-over-lr",
     }
     assert {found[name] for name in sure} == {"reproduced"}
     (batches,) = (claim for claim in result.claims if claim.id == "small-batches-are-stricter")
@@ -253,12 +253,12 @@ def made_up(gd=4.0, sam=1.0, batch=1.0, noise=1.0, rate=1.0, steep=1.0, typical=
     for seed in range(3):
         for setting in study.settings(study.LAPTOP):
             full = setting["batch"] == study.LAPTOP.examples
-            if setting["study"] == "normalised":
+            if setting["study"] == "normalized":
                 columns = {
                     "early": [other.get("early", 2.0)],
                     "third": [4.0],
                     "last": [other.get("last", 4.0)],
-                    "rate_unnormalised": [other.get("explodes", 0.2)],
+                    "rate_unnormalized": [other.get("explodes", 0.2)],
                 }
                 if full:
                     columns |= {"orbit": [other.get("last", 4.0) * other.get("orbit", 1.0)]}
@@ -308,11 +308,11 @@ def test_the_claims_hold_on_runs_made_to_hold_them():
         ({"share": 0.4}, {"most-shrink-while-the-mean-explodes"}),
         ({"sample": 900.0}, {"a-sample-misses-the-mean"}),
         ({"error": 1e-3}, {"simulation-is-the-library"}),
-        ({"early": 0.01}, {"normalised-sam-leaves-at-once"}),
-        ({"last": 6.0}, {"normalised-sam-stays-near"}),
-        ({"explodes": -0.1}, {"unnormalised-sam-explodes-there"}),
-        ({"orbit": 1.01}, {"orbit-of-normalised-sam"}),
-        ({"outside": 0.2}, {"normalised-sam-leaves-for-good-beyond-2-over-lr"}),
+        ({"early": 0.01}, {"normalized-sam-leaves-at-once"}),
+        ({"last": 6.0}, {"normalized-sam-stays-near"}),
+        ({"explodes": -0.1}, {"unnormalized-sam-explodes-there"}),
+        ({"orbit": 1.01}, {"orbit-of-normalized-sam"}),
+        ({"outside": 0.2}, {"normalized-sam-leaves-for-good-beyond-2-over-lr"}),
     ],
 )
 def test_each_claim_can_fail(change, falls):

@@ -33,6 +33,13 @@ def list_table(rows: list[str]) -> list[str]:
     return [*table, ""]
 
 
+def display(lines: list[str]) -> list[str]:
+    """A formula of its own, from ``$$`` to ``$$``, as the directive ``math``."""
+    indent = " " * (len(lines[0]) - len(lines[0].lstrip()))
+    formula = " ".join(line.strip() for line in lines).strip("$").strip()
+    return ["", f"{indent}.. math::", "", f"{indent}   {formula}", ""]
+
+
 def convert(lines: list[str]) -> list[str]:
     """The lines of a docstring as reStructuredText; literal blocks stay as they are."""
     out: list[str] = []
@@ -53,6 +60,13 @@ def convert(lines: list[str]) -> list[str]:
             while end < len(lines) and ROW.match(lines[end]):
                 end += 1
             out += list_table(lines[at:end])
+            at = end
+            continue
+        if literal is None and line.lstrip().startswith("$$"):
+            end = at + 1
+            while end < len(lines) and "".join(lines[at:end]).count("$$") < 2:
+                end += 1
+            out += display(lines[at:end])
             at = end
             continue
         plain = literal is not None or line.lstrip().startswith((".. ", ">>> ", "... "))

@@ -26,7 +26,7 @@ Two studies:
   So the mean square is simulated by a population in which the far walkers are copied and the near
   ones dropped (an unbiased estimate of $E|\delta|^2$, with a small variance), and the typical rate
   by a population without copying. The typical edge is where the latter rate is zero.
-* ``normalised``: SAM as it is used, $\epsilon = \rho g / |g|$, which the theory does not cover. It
+* ``normalized``: SAM as it is used, $\epsilon = \rho g / |g|$, which the theory does not cover. It
   leaves every minimum at once, since the perturbation keeps its length however short the gradient
   is, but it does not go far: away from the minimum it is SGD with a bounded kick. With the full
   batch it ends in an orbit of period 2 at the distance
@@ -60,7 +60,7 @@ WU = "Wu, Ma & E 2018"
 ZHOU = "Zhou et al. 2025"
 OURS = "linear stability, derived here"
 
-STREAMS = ("problem", "walk", "check", "fan", "normalised")
+STREAMS = ("problem", "walk", "check", "fan", "normalized")
 
 Tick = Callable[[int, int], None]
 
@@ -72,7 +72,7 @@ class Config:
     Attributes:
         examples, dim: size of a problem.
         spectra: kinds of problems, see `problem`.
-        lr, rho: learning rate, and radius over gradient norm (in the study ``normalised`` radius).
+        lr, rho: learning rate, and radius over gradient norm (in the study ``normalized`` radius).
             Only their ratio matters: any other pair is the same run in other units of the loss.
         batches: batch sizes, ascending; `examples`, the full batch, is the last.
         walkers, steps, warmup: trajectories at once, steps of a measurement of a rate, and how many
@@ -85,7 +85,7 @@ class Config:
             two edges, for so many times one over the rate of the mean square (though at most
             `fan_steps`), and at how many steps they are summed up.
         checked: steps for which SAM of the library is compared with the simulation.
-        inside: sharpness over the edge of SGD, in the study ``normalised``; with this lr and rho it
+        inside: sharpness over the edge of SGD, in the study ``normalized``; with this lr and rho it
             is beyond the edge of unnormalised SAM.
         outside: the same over 2/lr, where normalised SAM has to leave for good.
         start: distance over rho from which normalised SAM begins.
@@ -151,7 +151,7 @@ def settings(config: Config) -> list[dict[str, Any]]:
             for rho in (0.0, config.rho)
         ),
         *(
-            {"study": "normalised", "spectrum": spectrum, "batch": batch}
+            {"study": "normalized", "spectrum": spectrum, "batch": batch}
             for spectrum, batch in cells
         ),
     ]
@@ -377,12 +377,12 @@ def run(
     device: torch.device | str,
     progress: Tick = lambda done, total: None,
 ) -> dict[str, list[float]]:
-    """One setting of one study; the columns are those of `edge` and `normalised`."""
+    """One setting of one study; the columns are those of `edge` and `normalized`."""
     generator = stream("problem", seed)
     x = problem(setting["spectrum"], config.examples, config.dim, generator).to(device)
     if setting["study"] == "edge":
         return edge(config, x, setting["rho"], setting["batch"], seed, progress)
-    return normalised(config, x, setting["batch"], seed, progress)
+    return normalized(config, x, setting["batch"], seed, progress)
 
 
 def edge(
@@ -486,7 +486,7 @@ def _fan(config: Config, x: Tensor, rho: float, batch: int, seed: int) -> dict[s
     return columns
 
 
-def normalised(
+def normalized(
     config: Config,
     x: Tensor,
     batch: int,
@@ -501,14 +501,14 @@ def normalised(
     Columns: ``step`` and ``distance``, root mean square over trajectories, over rho, at steps
     evenly spaced in their logarithm. Of length 1: ``early``, the distance after ten steps;
     ``third`` and ``last``, its root mean square in the third and in the last quarter;
-    ``rate_unnormalised``, at which the mean square of unnormalised SAM would grow here, by theory.
+    ``rate_unnormalized``, at which the mean square of unnormalised SAM would grow here, by theory.
     With the full batch also ``orbit``, the distance of the theory, and ``rate_outside`` and
     ``rate_descent``: the growth beyond 2/lr, and that of gradient descent there by theory.
     """
     lr, rho, full = config.lr, config.rho, batch == config.examples
     sharpness = config.inside * stable_sharpness(x, lr, 0.0, batch)
     scaled = x * math.sqrt(sharpness)
-    generator = stream("normalised", seed)
+    generator = stream("normalized", seed)
     count = 1 if full else config.crowd
     start = torch.randn(count, len(x), generator=generator, dtype=torch.float64).to(x.device) @ x
     distance = config.start * rho * torch.nn.functional.normalize(start, dim=1)
@@ -532,7 +532,7 @@ def normalised(
         "early": [sizes[10]],
         "third": [float(np.sqrt(np.mean(third**2)))],
         "last": [float(np.sqrt(np.mean(last**2)))],
-        "rate_unnormalised": [math.log(mean_square_growth(scaled, lr, rho, batch))],
+        "rate_unnormalized": [math.log(mean_square_growth(scaled, lr, rho, batch))],
     }
     if full:
         beyond = config.outside * gd_edge(lr)
@@ -609,13 +609,13 @@ def _missed(result: Result, seed: int) -> float:
     return _median(run["mean_sample"][-1] / run["mean_exact"][-1] for run in _fans(result, seed))
 
 
-def _normalised(
+def _normalized(
     statistic: Callable[[Run], float], choose: Callable[..., float], *, orbit: bool = False
 ) -> Callable[[Result], list[float]]:
     """The statistic, chosen among the normalised runs, or only those of the full batch."""
 
     def chosen(result: Result, seed: int) -> float:
-        runs = result.select(study="normalised", seed=seed)
+        runs = result.select(study="normalized", seed=seed)
         return choose(statistic(run) for run in runs if not orbit or "orbit" in run)
 
     return each_seed(chosen)
@@ -744,50 +744,50 @@ EXPERIMENT = Experiment(
             Criterion(high=1e-8),
         ),
         Claim(
-            "normalised-sam-leaves-at-once",
+            "normalized-sam-leaves-at-once",
             "Normalised SAM leaves even a minimum at which SGD is stable, in a few steps: distance "
             "after ten steps over the final one, where it is smallest",
             OURS,
             "",
-            _normalised(lambda run: float(run["early"][0] / run["last"][0]), min),
+            _normalized(lambda run: float(run["early"][0] / run["last"][0]), min),
             Criterion(low=0.1),
         ),
         Claim(
-            "normalised-sam-stays-near",
+            "normalized-sam-stays-near",
             "But it stays bounded, at a sharpness at which unnormalised SAM explodes: distance in "
             "the last quarter over that in the third, farthest from 1",
             OURS,
             "",
-            _normalised(lambda run: float(run["last"][0] / run["third"][0]), farthest_from_one),
+            _normalized(lambda run: float(run["last"][0] / run["third"][0]), farthest_from_one),
             Criterion(0.8, 1.25),
         ),
         Claim(
-            "unnormalised-sam-explodes-there",
+            "unnormalized-sam-explodes-there",
             "Rate of growth of unnormalised SAM at the sharpness of those runs, by theory, where "
             "it is smallest",
             OURS,
             "",
-            _normalised(lambda run: float(run["rate_unnormalised"][0]), min),
+            _normalized(lambda run: float(run["rate_unnormalized"][0]), min),
             Criterion(low=0.0),
         ),
         Claim(
-            "orbit-of-normalised-sam",
+            "orbit-of-normalized-sam",
             "With the full batch it ends at the distance lr λ rho / (2 - lr λ): measured over "
             "predicted, farthest from 1",
             "Bartlett, Long & Bousquet 2022",
             "",
-            _normalised(
+            _normalized(
                 lambda run: float(run["last"][0] / run["orbit"][0]), farthest_from_one, orbit=True
             ),
             Criterion(0.999, 1.001),
         ),
         Claim(
-            "normalised-sam-leaves-for-good-beyond-2-over-lr",
+            "normalized-sam-leaves-for-good-beyond-2-over-lr",
             "Only beyond the edge of gradient descent does it go on to leave, and at the rate of "
             "gradient descent: measured over predicted, farthest from 1",
             OURS,
             "",
-            _normalised(
+            _normalized(
                 lambda run: float(run["rate_outside"][0] / run["rate_descent"][0]),
                 farthest_from_one,
                 orbit=True,
