@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_lab.data import one_hot
 from sam_lab.objective import check_integer
 from sam_lab.perturbations import Rule, sam
 from sam_lab.sam import SAM
@@ -46,9 +47,11 @@ __all__ = [
     "constant",
     "cosine",
     "crop_and_flip",
+    "descend",
     "early_sam",
     "evaluate",
     "late_sam",
+    "squared_error",
     "steps",
 ]
 
@@ -470,7 +473,36 @@ def _checked_phases(phases: Sequence[Phase]) -> tuple[Phase, ...]:
     return found
 
 
+# --- without phases -------------------------------------------------------------------------------
+
+
+def descend(closure: Callable[[], Tensor], params: Sequence[Tensor], lr: float, steps: int) -> None:
+    """Plain gradient descent on ``closure()``, in place.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    for step in range(steps):
+        loss = closure()
+        if step % 100 == 0 and not math.isfinite(float(loss.detach())):
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} after {step} steps with lr={lr}"
+            )
+        with torch.no_grad():
+            for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+                p.sub_(lr * g)
+
+
 # --- around it ------------------------------------------------------------------------------------
+
+
+def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Half the sum of squares over the outputs (N, K), mean over examples; y (N,) are labels.
+
+    Source: the convention of Cohen et al. 2021 (arXiv:2103.00065).
+    """
+    targets = one_hot(y, outputs.shape[1]).to(outputs)
+    return 0.5 * (outputs - targets).square().sum(1).mean()
 
 
 def crop_and_flip(pad: int = 4, flip: bool = True) -> Augmentation:

@@ -15,6 +15,7 @@ from sam_lab.experiments.core import config_dict
 from sam_lab.experiments.sam_on_quadratics import quadratic
 from sam_lab.perturbations import sam, unnormalized
 from sam_lab.stability import growth
+from sam_lab.training import squared_error
 
 LR, TOP = 0.18, 10.0
 SPECTRUM = torch.tensor([TOP, 3.0, 0.5], dtype=torch.float64)
@@ -216,7 +217,7 @@ def test_sam_steps_back_from_where_the_ascent_stays():
     model, x, y = escape.problem(config)
     escape.set_weights(model, escape.start(config))
     params = list(model.parameters())
-    hessian = Hessian(lambda: escape.squared_error(model(x), y), params)
+    hessian = Hessian(lambda: squared_error(model(x), y), params)
     g = hessian.gradient()
     epsilon = 0.02 * g / g.norm()
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 
 from sam_lab import Hessian, experiments, models
 from sam_lab.experiments import measuring_sharpness as study
+from sam_lab.training import descend, squared_error
 
 SMALL = dataclasses.replace(
     study.Config(),
@@ -87,20 +88,6 @@ def test_power_iteration_that_never_settles_ends_all_the_same():
     assert found["hvps_to_tol"] == 1000
 
 
-def test_descend_is_gradient_descent_on_a_quadratic():
-    w = torch.tensor([1.0, -2.0], requires_grad=True)
-    curvature = torch.tensor([1.0, 3.0])
-    start = w.detach().clone()
-    study.descend(lambda: 0.5 * (curvature * w**2).sum(), [w], lr=0.1, steps=7)
-    torch.testing.assert_close(w.detach(), start * (1 - 0.1 * curvature) ** 7)
-
-
-def test_descend_refuses_a_loss_that_has_left_the_numbers():
-    w = torch.tensor([1.0], requires_grad=True)
-    with pytest.raises(FloatingPointError, match="lr=100"):
-        study.descend(lambda: (w**4).sum(), [w], lr=100.0, steps=200)
-
-
 def test_nested_batches_are_partitions_and_each_cut_keeps_the_ones_before():
     levels = study.nested_batches(30, (1, 2, 6), seed=0)
     assert [len(level) for level in levels] == [1, 2, 6]
@@ -134,7 +121,7 @@ def test_rescaling_keeps_the_function_and_scales_the_blocks_of_the_hessian(facto
 
     def dense(net, name):
         params = dict(net.named_parameters())
-        H = Hessian(lambda: study.squared_error(net(x), y), [params[name]])
+        H = Hessian(lambda: squared_error(net(x), y), [params[name]])
         return H @ torch.eye(H.shape[0], dtype=torch.float64)
 
     first, last = "1.weight", "3.weight"
@@ -155,13 +142,6 @@ def test_the_gap_is_where_the_values_fall_most():
     assert study.gap(torch.tensor([8.0, 7.0, 2.0, 1.9])) == (2, 3.5)
 
 
-def test_squared_error_is_half_the_sum_over_outputs_and_the_mean_over_examples():
-    outputs = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
-    assert float(study.squared_error(outputs, torch.tensor([0, 0]))) == pytest.approx(
-        0.5 * (0 + (1 + 9)) / 2
-    )
-
-
 def test_the_mean_jacobian_bounds_the_outliers_of_a_linear_model_from_below():
     model = models.mlp((6, 3), seed=0, dtype=torch.float64)
     x = 1 + torch.rand(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -171,7 +151,7 @@ def test_the_mean_jacobian_bounds_the_outliers_of_a_linear_model_from_below():
     expected = torch.full((3,), float(mean @ mean), dtype=torch.float64)
     parts = torch.linalg.eigvalsh(jacobian @ jacobian.T)
     torch.testing.assert_close(parts, expected)
-    H = Hessian(lambda: study.squared_error(model(x), y), model.parameters())
+    H = Hessian(lambda: squared_error(model(x), y), model.parameters())
     values = torch.linalg.eigvalsh(H @ torch.eye(H.shape[0], dtype=torch.float64)).flip(0)
     assert bool((values[:3] >= parts - 1e-9).all())
 
@@ -292,7 +272,7 @@ def test_spectra_follow_training_and_their_outliers_lie_above_the_mean_jacobian(
     x, y = study.images(SMALL, seed=0)
     model = models.mlp((784, 6, 10), "relu", seed=0)
     params = list(model.parameters())
-    study.descend(lambda: study.squared_error(model(x), y), params, SMALL.relu_lr, 5)
+    descend(lambda: squared_error(model(x), y), params, SMALL.relu_lr, 5)
     jacobian = study.mean_jacobian(model, x)
     torch.testing.assert_close(
         found[5].mean, torch.linalg.eigvalsh(jacobian @ jacobian.T).double(), rtol=1e-3, atol=1e-4

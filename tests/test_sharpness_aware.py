@@ -10,7 +10,7 @@ import torch
 from sam_lab import Hessian, data, experiments, models
 from sam_lab.experiments import sharpness_aware as study
 from sam_lab.experiments import valley
-from sam_lab.experiments.measuring_sharpness import squared_error
+from sam_lab.training import descend, squared_error
 
 SMALL = dataclasses.replace(
     study.Config(),
@@ -424,7 +424,7 @@ def test_gradient_descent_of_the_drift_goes_on_where_it_was(split):
     columns = study.drift(config, 0, torch.device("cpu"))
     model = study.build(config, split.x, 0)
     closure = study.loss_on(model, split, torch.arange(40))
-    study.descend(closure, list(model.parameters()), config.lr, 5)
+    descend(closure, list(model.parameters()), config.lr, 5)
     assert columns["gd_loss"][-1] == pytest.approx(float(closure().detach()), rel=1e-5)
 
 

@@ -30,9 +30,11 @@ from sam_lab.training import (
     constant,
     cosine,
     crop_and_flip,
+    descend,
     early_sam,
     evaluate,
     late_sam,
+    squared_error,
     steps,
 )
 
@@ -925,3 +927,27 @@ def test_evaluation_leaves_modes_statistics_gradients_and_random_numbers_alone(f
     assert_equal(copies(p.grad for p in model.parameters()), grads)
     assert_equal(random_states(), outside)
     assert torch.is_grad_enabled()
+
+
+# --- without phases -------------------------------------------------------------------------------
+
+
+def test_descend_is_gradient_descent_on_a_quadratic():
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    curvature = torch.tensor([1.0, 3.0])
+    start = w.detach().clone()
+    descend(lambda: 0.5 * (curvature * w**2).sum(), [w], lr=0.1, steps=7)
+    torch.testing.assert_close(w.detach(), start * (1 - 0.1 * curvature) ** 7)
+
+
+def test_descend_refuses_a_loss_that_has_left_the_numbers():
+    w = torch.tensor([1.0], requires_grad=True)
+    with pytest.raises(FloatingPointError, match="lr=100"):
+        descend(lambda: (w**4).sum(), [w], lr=100.0, steps=200)
+
+
+def test_squared_error_is_half_the_sum_over_outputs_and_the_mean_over_examples():
+    outputs = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    assert float(squared_error(outputs, torch.tensor([0, 0]))) == pytest.approx(
+        0.5 * (0 + (1 + 9)) / 2
+    )

@@ -43,13 +43,13 @@ from torch import Tensor, nn
 
 from sam_lab import data, models
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.measuring_sharpness import squared_error
 from sam_lab.experiments.sam_on_quadratics import taylor
 from sam_lab.experiments.statistics import each_seed, farthest_from_one
 from sam_lab.perturbations import Rule, random_direction, sam, unnormalized
 from sam_lab.sam import SAM
 from sam_lab.stability import growth, sam_edge
 from sam_lab.tracker import SharpnessTracker
+from sam_lab.training import squared_error
 
 ZHOU = "Zhou et al. 2025"
 RULES: dict[str, Rule] = {

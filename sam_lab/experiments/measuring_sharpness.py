@@ -30,11 +30,11 @@ from sam_lab.curvature import Hessian, SpectralDensity
 from sam_lab.experiments.claims import Claim, Criterion, t_quantile
 from sam_lab.experiments.core import Experiment
 from sam_lab.experiments.result import Result
+from sam_lab.training import descend, squared_error
 
 __all__ = [
     "EXPERIMENT",
     "Config",
-    "descend",
     "gap",
     "images",
     "mean_jacobian",
@@ -42,7 +42,6 @@ __all__ = [
     "power_iteration",
     "rescale",
     "spectra",
-    "squared_error",
 ]
 
 Closure = Callable[[], Tensor]
@@ -131,35 +130,12 @@ def images(
     return data.standardize(x), y
 
 
-def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
-    """Half the sum of squares over the outputs (N, K), mean over examples; y (N,) are labels."""
-    targets = data.one_hot(y, outputs.shape[1]).to(outputs)
-    return 0.5 * (outputs - targets).square().sum(1).mean()
-
-
 def network(
     x: Tensor, hidden: Sequence[int], activation: str, classes: int, seed: int
 ) -> nn.Sequential:
     """A fully connected network for the inputs x (N, ...), on their device."""
     sizes = (x[0].numel(), *hidden, classes)
     return models.mlp(sizes, activation, seed=seed, device=x.device)
-
-
-def descend(closure: Closure, params: Sequence[Tensor], lr: float, steps: int) -> None:
-    """Plain gradient descent on ``closure()``, in place.
-
-    Raises:
-        FloatingPointError: the loss is no longer finite.
-    """
-    for step in range(steps):
-        loss = closure()
-        if step % 100 == 0 and not math.isfinite(float(loss.detach())):
-            raise FloatingPointError(
-                f"the loss is {float(loss.detach())} after {step} steps with lr={lr}"
-            )
-        with torch.no_grad():
-            for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
-                p.sub_(lr * g)
 
 
 def power_iteration(operator: Any, v: Tensor) -> Iterator[tuple[float, float]]:

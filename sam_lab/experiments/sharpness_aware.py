@@ -37,15 +37,11 @@ from sam_lab import data, models
 from sam_lab.curvature import Hessian
 from sam_lab.experiments.claims import Claim, Criterion
 from sam_lab.experiments.core import Experiment
-from sam_lab.experiments.measuring_sharpness import (
-    descend,
-    network,
-    rescale,
-    squared_error,
-)
+from sam_lab.experiments.measuring_sharpness import network, rescale
 from sam_lab.experiments.result import Result
 from sam_lab.perturbations import Rule, asam, random_direction, sam
 from sam_lab.sam import SAM
+from sam_lab.training import descend, squared_error
 
 __all__ = [
     "EXPERIMENT",
