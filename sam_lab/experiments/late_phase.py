@@ -397,7 +397,7 @@ def claims() -> list[Claim]:
     """
     in_steps = [
         dataclasses.replace(
-            claim, id=f"{claim.id}-in-steps", statement=f"In steps: {claim.statement}"
+            claim, id=f"{claim.id}-in-steps", statement=f"In steps. {claim.statement}"
         )
         for claim in _claims("steps")
         if claim.id in _ALSO_IN_STEPS
