@@ -372,7 +372,6 @@ class Training:
         factor = self.schedule(self.epoch / self.epochs)
         for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * factor
-        lr, rho = self._course(self.epoch)
         self.model.train()
         method = SAM(
             self.optimizer, phase.rho, self.model, rule=phase.rule, generator=self._generator
@@ -387,8 +386,8 @@ class Training:
         self.history.append(
             {
                 "epoch": float(self.epoch),
-                "lr": lr,
-                "rho": rho,
+                "lr": float(self._lrs[0] * factor),
+                "rho": float(phase.rho),
                 "loss": float(torch.stack(losses).mean()),
                 "passes": passes + len(losses) * (2 if phase.rho else 1),
             }
