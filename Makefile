@@ -40,7 +40,7 @@ lint: $(STAMP) ## ruff: lint and format
 types: $(STAMP) ## mypy on the library
 	$(BIN)/mypy sam_lab
 
-bench: $(BENCH) ## measure the curvature tools and SAM against their peers, in about 20 minutes
+bench: $(BENCH) ## measure the curvature tools, SAM and attacks against peers, in about 20 minutes
 	@$(BIN)/python -m benchmarks
 
 clean: ## remove what was built; .venv stays
@@ -48,13 +48,15 @@ clean: ## remove what was built; .venv stays
 	find sam_lab tests tools book benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where Debian has taken ensurepip out of python3 (its package python3-venv brings it back), the pip
-# outside installs the pip inside.
+# outside installs the pip inside. torchattacks, which the tests compare with, comes without what it
+# needs: it asks for requests~=2.25.1, of 2021, next to which nothing else could be installed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("SAM Lab needs Python 3.11 or later; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12" % v[:2])'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv >/dev/null 2>&1 || { \
 	  $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python .venv/bin/python install --quiet pip; } || { \
 	  echo "Cannot make a virtual environment with $(PYTHON); on Debian and Ubuntu: apt-get install python3-venv python3-pip" >&2; exit 1; }
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[book,test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps torchattacks
 	@touch $@
 
 $(BENCH): $(STAMP)

@@ -4,6 +4,7 @@ A closure that computes a loss flows through pure mathematics and comes out as a
 numbers can be traced. Needs torch and numpy alone; everything else is imported on first use.
 """
 
+from sam_lab.adversarial import fgsm, pgd
 from sam_lab.curvature import Hessian
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
@@ -16,8 +17,10 @@ __all__ = [
     "Hessian",
     "SharpnessTracker",
     "__version__",
+    "fgsm",
     "gd_edge",
     "heavy_ball_edge",
+    "pgd",
     "sam_edge",
 ]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-__all__ = ["ACTIVATIONS", "INITS", "cnn", "mlp", "transformer", "wide_resnet"]
+__all__ = ["ACTIVATIONS", "INITS", "Normalize", "cnn", "mlp", "transformer", "wide_resnet"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -194,6 +194,38 @@ def wide_resnet(
         return layers
 
     return _initialised(build, "torch", seed).to(device, dtype)
+
+
+class Normalize(nn.Module):
+    """Images (N, C, H, W) less a mean, over a standard deviation, a channel each.
+
+    The first layer of a model that takes pixels: then an attack's eps is in pixels too.
+
+    Args:
+        mean, std: of each channel, (C,).
+
+    Raises:
+        ValueError: a standard deviation that is not above 0, or not one for each mean.
+
+    Example:
+        >>> Normalize([0.5], [0.25])(torch.full((1, 1, 1, 1), 0.75))
+        tensor([[[[1.]]]])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(std) != len(mean) or not all(s > 0 for s in std):
+            raise ValueError(
+                f"std must be above 0 in each of the {len(mean)} channels, got {list(std)}"
+            )
+        self.register_buffer("mean", torch.as_tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.as_tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
 
 
 class Residual(nn.Module):

@@ -24,12 +24,17 @@ What all rules keep:
 - Nothing waits for an accelerator: the norm is never read by the host.
 - Sharded parameters (`DTensor`) have the norm of the whole, not that of a shard.
 
+The rules over a ball are its `steepest` step, and so is the step of an attack on the inputs
+(`sam_lab.adversarial`): there the balls are around the examples, one each, here there is one around
+the weights.
+
 To add a rule, write a function like these; arguments of its own are bound by `functools.partial`,
 as in ``SAM(optimizer, 0.5, rule=partial(asam, eta=0.0))``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,10 +48,12 @@ __all__ = [
     "random_direction",
     "sam",
     "sam_linf",
+    "steepest",
     "unnormalized",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
+NORMS = ("l2", "linf")
 Radius = float | Sequence[float]
 Rule = Callable[..., list[Tensor]]
 """`rule(params, grads, rho)` returns the perturbation, one tensor a parameter."""
@@ -65,7 +72,7 @@ def sam(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[
         [tensor([0.3000, 0.4000])]
     """
     grads = _wide(grads)
-    return _scaled(grads, rho, global_norm(grads))
+    return steepest(grads, rho, global_norm(grads))
 
 
 def is_weight(p: Tensor) -> bool:
@@ -109,7 +116,7 @@ def asam(
     for i, t in zip(which, T, strict=True):
         epsilon[i].mul_(t)
     del T
-    return _scaled(epsilon, rho, length)
+    return steepest(epsilon, rho, length)
 
 
 def sam_linf(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
@@ -120,7 +127,7 @@ def sam_linf(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> 
     Source: Foret et al. 2021, equation 2 with p = infinity (arXiv:2010.01412).
     """
     grads = _wide(grads)
-    return _scaled([g.sign() for g in grads], rho, global_norm(grads), unit=True)
+    return steepest(grads, rho, global_norm(grads), "linf")
 
 
 def unnormalized(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
@@ -163,7 +170,37 @@ def random_direction(
     ]
     # the gradient decides here too whether there is a step at all
     usable = _usable(global_norm(grads))
-    return _scaled(z, rho, torch.where(usable, global_norm(z), 0))
+    return steepest(z, rho, torch.where(usable, global_norm(z), 0))
+
+
+def steepest(
+    grads: Sequence[Tensor], radius: Radius, length: Tensor, norm: str = "l2"
+) -> list[Tensor]:
+    r"""The way up in a ball: what maximises $g \cdot \epsilon$ over $\|\epsilon\| \le r$.
+
+    $r\, g / \|g\|_2$ in the Euclidean ball, $r\, \mathrm{sign}(g)$ in the cube: where
+    $g \cdot \epsilon \le \|g\|_* \|\epsilon\|$, with the dual norm $\|\cdot\|_*$, is an equality.
+
+    Args:
+        grads: the gradient.
+        radius: $r$; one number, or one a tensor.
+        length: the Euclidean norm of the gradient. A 0-dim tensor where the ball is one around all
+            tensors together, as SAM's; one with an axis of size 1 for each axis but the first,
+            (N, 1, ..., 1), where each of N examples has a ball of its own, as in attacks. Where it
+            is not finite, or zero in the Euclidean ball, the step is zero.
+        norm: "l2" or "linf".
+
+    Returns:
+        One step a tensor, of its shape.
+
+    Raises:
+        ValueError: another norm.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm == "linf":
+        return _scaled([g.sign() for g in grads], radius, length, unit=True)
+    return _scaled(grads, radius, length)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -187,7 +224,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _usable(norm: Tensor) -> Tensor:
     # in a norm below this the squares have underflown, and rho / norm could overflow
-    return torch.isfinite(norm) & (norm > torch.finfo(norm.dtype).smallest_normal ** 0.5)
+    return (norm > torch.finfo(norm.dtype).smallest_normal ** 0.5) & (norm < math.inf)
 
 
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -200,19 +237,22 @@ def _scaled(
     direction: Sequence[Tensor], rho: Radius, norm: Tensor, unit: bool = False
 ) -> list[Tensor]:
     """``rho * direction / norm``; without the division if `unit`; zeros for an unusable norm."""
-    usable = torch.isfinite(norm) if unit else _usable(norm)
+    usable = norm < math.inf if unit else _usable(norm)
 
     def factor(radius: float) -> Tensor:
-        return torch.where(usable, torch.full_like(norm, radius) if unit else radius / norm, 0)
+        return torch.full_like(norm, radius) if unit else radius / norm
 
     if isinstance(rho, Sequence):
         each = {radius: factor(radius) for radius in set(rho)}
         scaled = [d * each[radius].to(d.device) for d, radius in zip(direction, rho, strict=True)]
-    elif len({d.device for d in direction}) == 1:
+    elif not norm.ndim and len({d.device for d in direction}) == 1:
         scaled = list(torch._foreach_mul(list(direction), factor(rho)))
     else:
         scaled = [d * factor(rho).to(d.device) for d in direction]
+    if usable.device.type == "cpu":  # the host knows it, nothing waits
+        if usable.all():
+            return scaled
+        if not usable.ndim:
+            return [torch.zeros_like(e) for e in scaled]
     # zero times infinity is not zero, so those entries have to be chosen, not multiplied
-    if usable.device.type == "cpu":  # the host knows already, and nothing waits
-        return scaled if usable else [torch.zeros_like(e) for e in scaled]
     return [torch.where(usable.to(e.device), e, 0) for e in scaled]

@@ -1,4 +1,4 @@
-"""What a pass over the data changes besides gradients: random state and buffers, kept."""
+"""What a pass over the data changes besides gradients: random state, buffers and modes, kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "kept_buffers"]
+__all__ = ["RandomState", "evaluating", "kept_buffers"]
 
 
 class RandomState:
@@ -44,6 +44,21 @@ def _device_state(device: torch.device) -> tuple[Callable[[Any], Any], Any]:
     module = torch.get_device_module(device)
     where = () if device.type == "mps" else (device,)
     return lambda state: module.set_rng_state(state, *where), module.get_rng_state(*where)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards each of its modules in its own again.
+
+    ``model.train()`` would not do: it wakes batch norms that were frozen.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 r"""One training loop, in phases.
 
-A `Phase` says what the epochs [start, stop) train with: the optimizer alone, or SAM around it. All
-phases share one optimizer, one schedule of the learning rate and one order of the examples; what
-changes at the boundary is the phase, and nothing else. Runs that differ in the time of the switch
-can therefore share their trunk::
+A `Phase` says what the epochs [start, stop) train with: the optimizer alone, SAM around it,
+examples that are attacked, or both. All phases share one optimizer, one schedule of the learning
+rate and one order of the examples; what changes at the boundary is the phase, and nothing else.
+Runs that differ in the time of the switch can therefore share their trunk::
 
-    trunk = Training(model, x, y, optimizer, late_sam(200, 200, rho=0.1))
+    trunk = Training(model, x, y, optimizer, late(200, 200, rho=0.1))
     for at in (150, 180, 195):
         trunk.run(until=at)
-        branch = trunk.branch(late_sam(at, 200, rho=0.1))
+        branch = trunk.branch(late(at, 200, rho=0.1))
         branch.run()
 
 What an epoch draws (order, augmentation, dropout, a random rule) is a function of seed and epoch
@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
-from sam_lab.objective import check_integer
+from sam_lab.objective import check_integer, check_nonnegative
 from sam_lab.perturbations import Rule, sam
 from sam_lab.sam import SAM
-from sam_lab.state import RandomState
+from sam_lab.state import RandomState, evaluating
 
 __all__ = [
     "Phase",
@@ -48,9 +48,9 @@ __all__ = [
     "cosine",
     "crop_and_flip",
     "descend",
-    "early_sam",
+    "early",
     "evaluate",
-    "late_sam",
+    "late",
     "squared_error",
     "steps",
 ]
@@ -71,23 +71,30 @@ class Phase:
         start, stop: the half-open interval [start, stop) of epochs, counted from 0.
         rho: radius of SAM; 0 for the optimizer alone, at one pass a step.
         rule: what SAM's perturbation is, a function of `sam_lab.perturbations` without a state.
+        attack: for adversarial training, such as ``partial(adversarial.pgd, threat=0.1)``. Called
+            as ``attack(model, x, y, generator=generator)`` once a step; all passes of the step see
+            what it returns. None for the examples as they are.
 
     Raises:
         TypeError, ValueError: start and stop are not whole numbers with 0 <= start < stop, rho is
-            not a finite number of at least 0, or rule is no function or has a state.
+            not a finite number of at least 0, rule is no function or has a state, or attack is no
+            function.
     """
 
     start: int
     stop: int
     rho: float = 0.0
     rule: Rule = sam
+    attack: Attack | None = None
 
     def __post_init__(self) -> None:
         check_integer("start", self.start, 0)
         check_integer("stop", self.stop, self.start + 1)
-        rho: Any = self.rho
-        if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= float(rho) < math.inf:
-            raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
+        check_nonnegative("rho", self.rho)
+        if self.attack is not None and not callable(self.attack):
+            raise TypeError(
+                f"attack must be a function such as partial(pgd, threat=0.1), got {self.attack!r}"
+            )
         if not callable(self.rule):
             raise TypeError(f"rule must be a function of sam_lab.perturbations, got {self.rule!r}")
         if hasattr(self.rule, "state_dict"):
@@ -96,17 +103,22 @@ class Phase:
             )
 
 
-def late_sam(at: int, epochs: int, rho: float, rule: Rule = sam) -> tuple[Phase, ...]:
-    """The optimizer alone for the epochs [0, at), SAM for [at, epochs).
+def late(at: int, epochs: int, **how: Any) -> tuple[Phase, ...]:
+    """The optimizer alone for the epochs [0, at), and `how` for [at, epochs).
 
-    ``at = epochs`` is training without SAM, ``at = 0`` SAM throughout.
+    ``late(150, 200, rho=0.1)`` is late SAM, and with ``attack=partial(pgd, threat=0.1)`` instead it
+    is late adversarial training. ``at = epochs`` is the optimizer alone, ``at = 0`` `how`
+    throughout.
+
+    Args:
+        how: what a `Phase` takes besides start and stop.
     """
-    return _switch(at, epochs, {}, {"rho": rho, "rule": rule})
+    return _switch(at, epochs, {}, how)
 
 
-def early_sam(at: int, epochs: int, rho: float, rule: Rule = sam) -> tuple[Phase, ...]:
-    """SAM for the epochs [0, at), the optimizer alone for [at, epochs)."""
-    return _switch(at, epochs, {"rho": rho, "rule": rule}, {})
+def early(at: int, epochs: int, **how: Any) -> tuple[Phase, ...]:
+    """`how` for the epochs [0, at), and the optimizer alone for [at, epochs); see `late`."""
+    return _switch(at, epochs, how, {})
 
 
 def _switch(
@@ -178,9 +190,9 @@ class Training:
     Attributes:
         epoch: how many epochs are done.
         epochs: how many there are.
-        history: a dict for each epoch done: `epoch`, `lr` and `rho` in it, `loss` (mean over its
-            steps, at the weights before each step) and `passes` (through the model, forward and
-            backward, in all epochs so far).
+        history: a dict for each epoch done: `epoch`, `lr` and `rho` in it, `attacked` (1 if its
+            examples were, 0 if not), `loss` (mean over its steps, at the weights before each step)
+            and `passes` (forward through the model, and mostly backward, in all epochs so far).
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -311,7 +323,7 @@ class Training:
         Raises:
             ValueError: the state is not one, or of a training with another seed, batch size or
                 number of examples, whose epochs draw otherwise; or later than the last phase; or
-                its epochs had another learning rate or radius than they would have here; or of
+                its epochs had another learning rate or phase than they would have here; or of
                 another model or optimizer. Nothing has been loaded then.
         """
         mine = {"epoch", "model", "optimizer", "history", "draws"}
@@ -327,11 +339,14 @@ class Training:
             raise ValueError(f"state has {epoch} epochs done, and the phases end at {self.epochs}")
         history = [dict(row) for row in state["history"]]
         for row in history:
-            past, here = (row["lr"], row["rho"]), self._course(int(row["epoch"]))
-            if past != here:
+            here = self._course(int(row["epoch"]))
+            if any(row[name] != value for name, value in here.items()):
+                past, present = (
+                    ", ".join(f"{name} {course[name]:g}" for name in here) for course in (row, here)
+                )
                 raise ValueError(
-                    f"state has trained epoch {row['epoch']:g} with lr {past[0]:g} and rho "
-                    f"{past[1]:g}, where phases and schedule here have {here[0]:g} and {here[1]:g}"
+                    f"state has trained epoch {row['epoch']:g} with {past}, where phases and "
+                    f"schedule here have {present}"
                 )
         weights = copy.deepcopy(self.model.state_dict())
         held = self.optimizer.state, self.optimizer.param_groups
@@ -377,27 +392,40 @@ class Training:
             self.optimizer, phase.rho, self.model, rule=phase.rule, generator=self._generator
         )
         losses = []
+        passes = self.history[-1]["passes"] if self.history else 0.0
+
+        def count(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+
         with self._drawing():
             for x, y in self._batches():
-                losses.append(method.step(partial(self._loss, x, y)))
+                counting = self.model.register_forward_hook(count)
+                try:
+                    if phase.attack is not None:
+                        x = phase.attack(self.model, x, y, generator=self._generator)
+                    losses.append(method.step(partial(self._loss, x, y)))
+                finally:
+                    counting.remove()
                 if on_step is not None:
                     on_step()
-        passes = self.history[-1]["passes"] if self.history else 0.0
         self.history.append(
             {
                 "epoch": float(self.epoch),
                 "lr": float(self._lrs[0] * factor),
                 "rho": float(phase.rho),
+                "attacked": float(phase.attack is not None),
                 "loss": float(torch.stack(losses).mean()),
-                "passes": passes + len(losses) * (2 if phase.rho else 1),
+                "passes": passes,
             }
         )
         self.epoch += 1
 
-    def _course(self, epoch: int) -> tuple[float, float]:
-        """Learning rate (of the first group) and radius of an epoch."""
-        lr = self._lrs[0] * self.schedule(epoch / self.epochs)
-        return float(lr), float(self.phase(epoch).rho)
+    def _course(self, epoch: int) -> dict[str, float]:
+        """Learning rate (of the first group) and phase of an epoch, as its history has them."""
+        phase, lr = self.phase(epoch), self._lrs[0] * self.schedule(epoch / self.epochs)
+        attacked = float(phase.attack is not None)
+        return {"lr": float(lr), "rho": float(phase.rho), "attacked": attacked}
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         return self.loss_fn(self.model(x), y)
@@ -558,18 +586,12 @@ def evaluate(
     """
     check_integer("batch", batch, 1)
     _check_examples(x, y)
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
     losses: list[tuple[Tensor, int]] = []  # read at the end, and float64 is not everywhere
     wrong = torch.zeros((), dtype=torch.int64, device=x.device)
-    model.eval()
-    try:
+    with evaluating(model):
         for inputs, targets in zip(x.split(batch), y.split(batch), strict=True):
             outputs = model(inputs)
             losses.append((loss_fn(outputs, targets), len(inputs)))
             wrong += (outputs.argmax(1) != targets).sum()
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
     total = math.fsum(float(loss) * count for loss, count in losses)
     return total / len(x), float(wrong) / len(x)

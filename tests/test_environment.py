@@ -28,6 +28,12 @@ LINES = [
 PINS = {canonicalize_name(name): version for name, _, version in (s.partition("==") for s in LINES)}
 # What every environment brings in a version of its own.
 INSTALLERS = {"pip", "setuptools", "wheel"}
+# What the Makefile installs besides the extras, without what it asks for.
+ALONE = re.findall(
+    r"pip install .*--no-deps ([a-z0-9 -]+)$",
+    (CHECKOUT / "Makefile").read_text(encoding="utf-8"),
+    flags=re.MULTILINE,
+)
 
 
 def installed() -> dict[str, metadata.Distribution]:
@@ -89,6 +95,21 @@ def test_the_pins_are_complete_and_agree_with_each_other() -> None:
                 )
             todo.append((r.name, frozenset(r.extras), name))
     assert walked > len(REQUIREMENTS) / 2
+
+
+def test_what_is_installed_alone_finds_all_it_needs_but_what_nothing_else_agrees_with() -> None:
+    """Only for the version of requests is torchattacks not in an extra, as other packages are."""
+    assert ALONE == ["torchattacks"]
+    assert not {r.name for r in REQUIREMENTS.values()} & set(ALONE)
+    distribution = installed().get("torchattacks")
+    if distribution is None:
+        pytest.skip("torchattacks is not installed")
+    refused = [
+        r.name
+        for r in needs(distribution, set())
+        if not r.specifier.contains(PINS[canonicalize_name(r.name)], prereleases=True)
+    ]
+    assert refused == ["requests"]
 
 
 def test_installed_versions_are_the_pinned_ones() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sam_lab.models import ACTIVATIONS, ChannelNorm, Residual, cnn, mlp, wide_resnet
+from sam_lab.models import ACTIVATIONS, ChannelNorm, Normalize, Residual, cnn, mlp, wide_resnet
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -308,3 +308,36 @@ def test_a_wide_resnet_refuses_a_depth_without_whole_blocks(depth):
 def test_a_wide_resnet_refuses_what_makes_no_network(options, got):
     with pytest.raises(ValueError, match=f"width, stride and shape .* must be positive, {got}"):
         wide_resnet(**options)
+
+
+# --- normalisation --------------------------------------------------------------------------------
+
+MEAN, STD = [0.5, 0.25, 0.0], [0.25, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_each_channel_loses_its_mean_and_is_divided_by_its_deviation(memory_format):
+    x = torch.rand(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    got = Normalize(MEAN, STD)(x.contiguous(memory_format=memory_format))
+    assert got.is_contiguous(memory_format=memory_format)
+    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+        torch.testing.assert_close(got[:, channel], (x[:, channel] - mean) / std)
+
+
+def test_a_normalisation_is_saved_and_moved_with_the_model_and_never_trained():
+    model = nn.Sequential(Normalize(MEAN, STD), nn.Flatten(), nn.Linear(12, 2))
+    assert {"0.mean", "0.std"} <= set(model.state_dict())
+    assert not list(model[0].parameters())
+    other = nn.Sequential(Normalize([0.0] * 3, [1.0] * 3), nn.Flatten(), nn.Linear(12, 2))
+    other.load_state_dict(model.state_dict())
+    x = torch.rand(4, 3, 2, 2, dtype=torch.float64)
+    assert torch.equal(other.double()(x), model.double()(x))
+    assert model[0](x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "std", [[0.0, 1.0, 1.0], [1.0, -0.2, 1.0], [1.0, 1.0, float("nan")], [1.0]]
+)
+def test_a_normalisation_refuses_deviations_that_are_none(std):
+    with pytest.raises(ValueError, match="std must be above 0 in .* channel.*, got"):
+        Normalize(MEAN, std)

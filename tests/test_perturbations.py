@@ -18,6 +18,7 @@ from sam_lab.perturbations import (
     random_direction,
     sam,
     sam_linf,
+    steepest,
     unnormalized,
 )
 
@@ -233,6 +234,64 @@ def test_a_random_direction_of_sharded_parameters_is_refused():
     p = torch.ones(3).as_subclass(Sharded)
     with pytest.raises(TypeError, match="random_direction does not know sharded"):
         direction([p], [torch.ones(3)], 0.1)
+
+
+# --- one ball, or one each ---------------------------------------------------------------------
+
+
+def one_each(g, norm=2):
+    """The length of each example of a gradient, (N, 1, ..., 1)."""
+    flat = torch.linalg.vector_norm(g.reshape(len(g), -1), norm, dim=1)
+    return flat.reshape(-1, *[1] * (g.ndim - 1))
+
+
+@pytest.mark.parametrize(("norm", "rule"), [("l2", sam), ("linf", sam_linf)])
+@settings(deadline=None)
+@given(seed=seeds, shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), rho=radii)
+def test_in_a_ball_each_every_example_steps_as_if_it_were_alone(norm, rule, seed, shape, rho):
+    """The step of SAM and that of an attack are one function."""
+    _, (g,) = drawn([shape], seed)
+    (step,) = steepest([g], rho, one_each(g), norm)
+    assert step.shape == g.shape
+    for alone, part in zip(step, g, strict=True):
+        torch.testing.assert_close(alone, rule([part], [part], rho)[0])
+    (together,) = steepest([g], rho, g.norm(), norm)
+    torch.testing.assert_close(together, rule([g], [g], rho)[0])
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+def test_an_example_without_a_usable_gradient_stays_and_holds_no_other_back(norm, bad):
+    _, (g,) = drawn([(3, 2, 2)], 0)
+    g[1] = 0.0
+    g[1, 0, 1] = bad
+    (step,) = steepest([g], 0.5, one_each(g), norm)
+    assert torch.equal(step[1], torch.zeros(2, 2, dtype=g.dtype))
+    size = torch.linalg.vector_norm(step.flatten(1), 2 if norm == "l2" else math.inf, dim=1)
+    assert size.tolist() == pytest.approx([0.5, 0.0, 0.5])
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_each_tensor_may_have_its_radius_where_each_example_has_its_ball(norm):
+    _, (g,) = drawn([(3, 4)], 0)
+    length = one_each(g)
+    steps = steepest([g, g, -g], [0.5, 0.0, 2.0], length, norm)
+    (unit,) = steepest([g], 1.0, length, norm)
+    for step, factor in zip(steps, (0.5, 0.0, -2.0), strict=True):
+        torch.testing.assert_close(step, factor * unit)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_no_length_of_an_example_is_read_by_the_host(norm):
+    g = torch.ones(3, 2, device="meta")
+    (step,) = steepest([g], 0.1, one_each(g), norm)
+    assert step.shape == g.shape and step.device.type == "meta"
+
+
+@pytest.mark.parametrize("norm", ["L2", 2, "l1", None])
+def test_a_ball_of_an_unknown_norm_is_refused(norm):
+    with pytest.raises(ValueError, match=f"norm must be one of l2, linf, got {norm!r}"):
+        steepest([torch.ones(2)], 0.1, torch.ones(()), norm)
 
 
 # --- what all rules keep ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from sam_lab import experiments, models
 from sam_lab.experiments import late_phase, same_valley
 from sam_lab.experiments.core import Run
-from sam_lab.training import evaluate, late_sam
+from sam_lab.training import evaluate, late
 
 TINY = dataclasses.replace(
     same_valley.LAPTOP,
@@ -77,7 +77,7 @@ def test_after_the_watched_epochs_each_epoch_has_one_measurement():
 
 def test_the_end_of_the_path_is_the_training_that_switches_there(result):
     start, _ = same_valley.prepare(TINY, PLAIN, 1)
-    end = start.branch(late_sam(6, 8, TINY.task.rhos[0])).run()
+    end = start.branch(late(6, 8, rho=TINY.task.rhos[0])).run()
     loss, _ = evaluate(end.model, end.x, end.y, nn.CrossEntropyLoss(label_smoothing=0.1))
     run = result.select(seed=1, batchnorm=False)[0]
     assert run["sam_path"][-1] == pytest.approx(loss, rel=1e-5)
@@ -129,13 +129,13 @@ def test_batch_norm_comes_after_every_linear_layer_but_the_last_and_changes_no_w
 
 def test_statistics_carried_along_are_those_of_the_ends_at_the_ends():
     start, _ = same_valley.prepare(TINY, NORMED, 0)
-    one = start.branch(late_sam(8, 8, 0.1)).run()
-    two = start.branch(late_sam(0, 8, 0.1)).run()
+    one = start.branch(late(8, 8, rho=0.1)).run()
+    two = start.branch(late(0, 8, rho=0.1)).run()
     found = same_valley._carried(one, two, [0.0, 0.5, 1.0], TINY)
     for training, value in ((one, found[0]), (two, found[-1])):
         loss, _ = evaluate(training.model, training.x, training.y, training.loss_fn)
         assert value == pytest.approx(loss, rel=1e-6)
-    middle = start.branch(late_sam(8, 8, 0.1)).model
+    middle = start.branch(late(8, 8, rho=0.1)).model
     states = one.model.state_dict(), two.model.state_dict()
     middle.load_state_dict({name: (a + states[1][name]) / 2 for name, a in states[0].items()})
     loss, _ = evaluate(middle, one.x, one.y, one.loss_fn)

@@ -1,4 +1,4 @@
-"""Random state and buffers are as they were."""
+"""Random state, buffers and modes are as they were."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_lab.state import RandomState, kept_buffers
+from sam_lab.state import RandomState, evaluating, kept_buffers
 
 X = torch.linspace(-1, 1, 24).reshape(8, 3)
 
@@ -177,3 +177,68 @@ def test_without_a_model_nothing_happens():
     with kept_buffers(None):
         ran = True
     assert ran
+
+
+# --- modes ----------------------------------------------------------------------------------------
+
+
+def partly_frozen():
+    """In training, but for one batch norm and what is inside the last block."""
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(), nn.Linear(3, 3))
+    )
+    model[1].eval()
+    model[2].eval()
+    model[2][1].train()
+    return model, [True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError, KeyboardInterrupt])
+def test_each_module_has_its_own_mode_again(failure):
+    model, expected = partly_frozen()
+    assert [module.training for module in model.modules()] == expected
+
+    def run():
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+            model[0].train()  # what is done inside is undone too
+            if failure is not None:
+                raise failure("in the middle")
+
+    if failure is None:
+        run()
+    else:
+        with pytest.raises(failure):
+            run()
+    assert [module.training for module in model.modules()] == expected
+
+
+def test_evaluation_inside_evaluation_is_one():
+    model, expected = partly_frozen()
+    with evaluating(model):
+        with evaluating(model[2]):
+            pass
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == expected
+
+
+def test_a_model_that_cannot_be_put_into_evaluation_keeps_its_modes():
+    class Stubborn(nn.Module):
+        def train(self, mode=True):
+            if not mode:
+                raise RuntimeError("always in training")
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Dropout(), Stubborn())
+    with pytest.raises(RuntimeError, match="always"), evaluating(model):
+        raise AssertionError("the block must not run")
+    assert all(module.training for module in model.modules())
+
+
+def test_evaluation_writes_to_no_buffer():
+    model = nn.Sequential(Counter(), nn.BatchNorm1d(3))
+    model(X)
+    before = held(model[1])
+    with evaluating(model):
+        model(X)
+    assert_held(before, model[1])

@@ -23,6 +23,7 @@ from sam_problem import SGD, assert_equal, copies
 from torch import nn
 
 from sam_lab import SAM
+from sam_lab.adversarial import Threat, pgd
 from sam_lab.perturbations import asam, random_direction
 from sam_lab.training import (
     Phase,
@@ -31,9 +32,9 @@ from sam_lab.training import (
     cosine,
     crop_and_flip,
     descend,
-    early_sam,
+    early,
     evaluate,
-    late_sam,
+    late,
     squared_error,
     steps,
 )
@@ -88,7 +89,7 @@ class Failure(Exception):
 
 
 @pytest.mark.parametrize("at", range(5))
-@pytest.mark.parametrize("switch", [late_sam, early_sam])
+@pytest.mark.parametrize("switch", [late, early])
 def test_an_interval_of_epochs_is_half_open(switch, at):
     """Trap: the released code counts both ends as inside."""
     passes, done = [], []
@@ -97,9 +98,9 @@ def test_an_interval_of_epochs_is_half_open(switch, at):
         passes.append(len(outputs))
         return nn.functional.cross_entropy(outputs, targets)
 
-    training = made(switch(at, 4, 0.1), loss_fn=counted)
+    training = made(switch(at, 4, rho=0.1), loss_fn=counted)
     training.run(on_epoch=lambda: done.append(len(passes)))
-    with_sam = [(epoch >= at) == (switch is late_sam) for epoch in range(4)]
+    with_sam = [(epoch >= at) == (switch is late) for epoch in range(4)]
     expected = [STEPS * (2 if sam else 1) for sam in with_sam]
     assert np.diff([0, *done]).tolist() == expected
     assert [row["passes"] for row in training.history] == done
@@ -122,11 +123,11 @@ def test_every_epoch_has_the_one_phase_whose_interval_it_is_in(lengths):
 
 
 def test_a_switch_at_either_end_is_none():
-    assert late_sam(4, 4, 0.1) == early_sam(0, 4, 0.1) == (Phase(0, 4),)
-    assert late_sam(0, 4, 0.1) == early_sam(4, 4, 0.1) == (Phase(0, 4, rho=0.1),)
+    assert late(4, 4, rho=0.1) == early(0, 4, rho=0.1) == (Phase(0, 4),)
+    assert late(0, 4, rho=0.1) == early(4, 4, rho=0.1) == (Phase(0, 4, rho=0.1),)
     rule = random_direction
-    assert late_sam(1, 4, 0.1, rule) == (Phase(0, 1), Phase(1, 4, 0.1, rule))
-    assert early_sam(1, 4, 0.1, rule) == (Phase(0, 1, 0.1, rule), Phase(1, 4))
+    assert late(1, 4, rho=0.1, rule=rule) == (Phase(0, 1), Phase(1, 4, 0.1, rule))
+    assert early(1, 4, rho=0.1, rule=rule) == (Phase(0, 1, 0.1, rule), Phase(1, 4))
 
 
 def test_the_rule_of_a_phase_is_the_one_that_perturbs():
@@ -138,8 +139,8 @@ def test_the_rule_of_a_phase_is_the_one_that_perturbs():
 
 
 def test_running_in_parts_is_running():
-    whole = made(late_sam(2, 4, 0.1)).run()
-    parts = made(late_sam(2, 4, 0.1))
+    whole = made(late(2, 4, rho=0.1)).run()
+    parts = made(late(2, 4, rho=0.1))
     for until in (1, 1, 3, 2, None, None):
         assert parts.run(until) is parts
     assert_equal(everything(parts), everything(whole))
@@ -148,7 +149,7 @@ def test_running_in_parts_is_running():
 
 def test_steps_and_epochs_are_called_back_after_each():
     calls = []
-    training = made(late_sam(1, 2, 0.1))
+    training = made(late(1, 2, rho=0.1))
 
     def on_step():
         assert all(module.training for module in training.model.modules())
@@ -202,7 +203,7 @@ def test_an_epoch_takes_every_example_once_in_an_order_of_its_own():
 
 def test_runs_of_one_seed_take_the_examples_in_the_same_order_whatever_else_they_do():
     sgd = followed(plain([Phase(0, 3)]))
-    assert_equal(followed(plain(early_sam(1, 3, 0.1))), sgd)
+    assert_equal(followed(plain(early(1, 3, rho=0.1))), sgd)
     assert_equal(followed(plain([Phase(0, 3, 0.1, random_direction)], ADAMW)), sgd)
 
 
@@ -234,8 +235,8 @@ def test_without_sam_it_is_a_plain_loop_bit_for_bit(optimizer, phases):
 @pytest.mark.parametrize(
     "phases",
     [
-        late_sam(2, 4, 0.1),
-        early_sam(2, 4, 0.1),
+        late(2, 4, rho=0.1),
+        early(2, 4, rho=0.1),
         [Phase(0, 1), Phase(1, 2), Phase(2, 4)],  # boundaries between like phases are ones too
     ],
     ids=["late", "early", "sgd"],
@@ -258,7 +259,7 @@ def test_momentum_is_carried_or_each_phase_has_an_optimizer_of_its_own(phases, c
 
 
 def test_whether_momentum_is_carried_makes_a_difference_only_from_the_boundary_on():
-    carried, emptied = (plain(late_sam(2, 4, 0.1), carry=carry) for carry in (True, False))
+    carried, emptied = (plain(late(2, 4, rho=0.1), carry=carry) for carry in (True, False))
     assert_equal(everything(carried.run(until=2)), everything(emptied.run(until=2)))
     weights = [training.run().model[0].weight for training in (carried, emptied)]
     assert not torch.equal(*weights)
@@ -273,13 +274,11 @@ def test_an_optimizer_whose_state_is_never_empty_can_begin_anew():
 
 # --- branches -------------------------------------------------------------------------------------
 
-late_random = partial(late_sam, rule=random_direction)
+late_random = partial(late, rule=random_direction)
 
 
 @pytest.mark.parametrize("carry", [True, False])
-@pytest.mark.parametrize(
-    "switch", [late_sam, early_sam, late_random], ids=["late", "early", "random"]
-)
+@pytest.mark.parametrize("switch", [late, early, late_random], ids=["late", "early", "random"])
 def test_a_branch_is_the_run_that_had_these_phases_from_the_beginning(switch, carry):
     trunk = made(switch(5, 5, rho=0.1), carry=carry)
     for at in (1, 3):
@@ -294,7 +293,7 @@ def test_a_branch_is_the_run_that_had_these_phases_from_the_beginning(switch, ca
 def test_a_trunk_is_untouched_by_its_branches_and_they_by_it(optimizer):
     trunk = made([Phase(0, 4)], optimizer).run(until=2)
     before = everything(trunk)
-    branch = trunk.branch(late_sam(2, 4, 0.1))
+    branch = trunk.branch(late(2, 4, rho=0.1))
     assert_equal(everything(branch), before)
     for _ in range(2):  # in turn
         branch.run(branch.epoch + 1)
@@ -308,7 +307,7 @@ def test_a_trunk_is_untouched_by_its_branches_and_they_by_it(optimizer):
 
 def test_a_branch_of_a_branch_is_one():
     trunk = made([Phase(0, 4)]).run(until=1)
-    branch = trunk.branch(late_sam(1, 4, 0.1)).run(until=2)
+    branch = trunk.branch(late(1, 4, rho=0.1)).run(until=2)
     last = branch.branch([Phase(0, 1), Phase(1, 2, 0.1), Phase(2, 4, 0.3)]).run()
     direct = made([Phase(0, 1), Phase(1, 2, 0.1), Phase(2, 4, 0.3)]).run()
     assert_equal(everything(last), everything(direct))
@@ -325,13 +324,13 @@ def test_a_branch_keeps_how_its_tensors_lie_in_memory():
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        (late_sam(1, 4, rho=0.1), r"epoch 1 with lr 0.1 and rho 0, .* have 0.1 and 0.1"),
-        (late_sam(3, 8, rho=0.1), r"epoch 2 with lr 0.05 and rho 0, .* have 0.1 and 0"),
+        (late(1, 4, rho=0.1), r"epoch 1 with lr 0.1, rho 0, .* have lr 0.1, rho 0.1,"),
+        (late(3, 8, rho=0.1), r"epoch 2 with lr 0.05, rho 0, .* have lr 0.1, rho 0,"),
     ],
     ids=["other phases", "other lengths of the schedule"],
 )
 def test_a_branch_has_the_past_that_it_comes_from(phases, message):
-    trunk = plain(late_sam(4, 4, rho=0.1), schedule=steps({0.5: 0.5})).run(3)
+    trunk = plain(late(4, 4, rho=0.1), schedule=steps({0.5: 0.5})).run(3)
     with pytest.raises(ValueError, match=message):
         trunk.branch(phases)
 
@@ -339,7 +338,7 @@ def test_a_branch_has_the_past_that_it_comes_from(phases, message):
 def test_a_branch_that_would_have_ended_already_is_refused():
     trunk = plain([Phase(0, 4)]).run(until=3)
     with pytest.raises(ValueError, match="state has 3 epochs done, and the phases end at 2"):
-        trunk.branch(late_sam(1, 2, 0.1))
+        trunk.branch(late(1, 2, rho=0.1))
     assert trunk.branch([Phase(0, 3)]).run().epoch == 3
 
 
@@ -360,7 +359,7 @@ def test_a_checkpoint_goes_on_in_a_fresh_training_bit_for_bit(optimizer, carry, 
 
 
 def test_a_checkpoint_is_readable_as_weights_only_and_holds_the_state(tmp_path):
-    training = made(late_sam(1, 2, 0.1)).run()
+    training = made(late(1, 2, rho=0.1)).run()
     training.save(str(tmp_path / "c.pt"))
     state = torch.load(tmp_path / "c.pt", weights_only=True)
     assert_equal({**state, "model": dict(state["model"])}, {**everything(training)})
@@ -399,9 +398,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(place, tmp_pa
 KILLED = """
 import sys
 from test_training import made
-from sam_lab.training import late_sam
+from sam_lab.training import late
 
-training = made(late_sam(2, 5, 0.1))
+training = made(late(2, 5, rho=0.1))
 steps = 0
 
 def on_step():
@@ -427,9 +426,9 @@ def test_a_training_that_is_killed_in_an_epoch_goes_on_from_its_last_checkpoint(
         process.kill()
         assert said == "here\n", process.stderr.read()
     assert process.returncode == -signal.SIGKILL
-    training = made(late_sam(2, 5, 0.1), model=network(seed=9)).load(path)
+    training = made(late(2, 5, rho=0.1), model=network(seed=9)).load(path)
     assert training.epoch == 2
-    assert_equal(everything(training.run()), everything(made(late_sam(2, 5, 0.1)).run()))
+    assert_equal(everything(training.run()), everything(made(late(2, 5, rho=0.1)).run()))
 
 
 @pytest.mark.parametrize("take", ["state_dict", "save", "branch"])
@@ -568,14 +567,156 @@ def test_an_exception_after_an_epoch_keeps_it():
 
 
 def test_a_phase_that_was_left_in_its_first_epoch_begins_with_an_empty_state_again():
-    training = made(late_sam(2, 3, 0.1), carry=False).run(2)
+    training = made(late(2, 3, rho=0.1), carry=False).run(2)
     momentum = copies(state["momentum_buffer"] for state in training.optimizer.state.values())
     with pytest.raises(Failure):
         training.run(on_step=failing_at(2, Failure(), lambda: None))
     restored = [state["momentum_buffer"] for state in training.optimizer.state.values()]
     assert_equal(copies(restored), momentum)
-    direct = made(late_sam(2, 3, 0.1), carry=False).run()
+    direct = made(late(2, 3, rho=0.1), carry=False).run()
     assert_equal(everything(training.run()), everything(direct))
+
+
+# --- attacked examples ----------------------------------------------------------------------------
+
+CUBE = Threat("linf", 0.1, -10, 10)  # the inputs here are Gaussian
+attack = partial(pgd, threat=CUBE, steps=2)
+
+
+def test_adversarial_training_can_be_late_or_early_and_together_with_sam():
+    assert late(1, 4, attack=attack) == (Phase(0, 1), Phase(1, 4, attack=attack))
+    both = Phase(0, 1, rho=0.1, attack=attack)
+    assert early(1, 4, rho=0.1, attack=attack) == (both, Phase(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "of_attack"),
+    [({"steps": 1}, 1), ({"steps": 7}, 7), ({"steps": 3, "restarts": 2}, 2 * (3 + 1))],
+)
+def test_an_attack_costs_its_own_passes_once_whether_or_not_sam_needs_two(options, of_attack):
+    """Trap: attacked anew for each pass of SAM it would be 2K + 2, and another loss in each."""
+    phases = [Phase(0, 1), Phase(1, 2, attack=partial(attack, **options))]
+    phases += [Phase(2, 3, 0.1), Phase(3, 4, 0.1, attack=partial(attack, **options))]
+    training, counted = made(phases), []
+    training.model.register_forward_hook(lambda *_: counted.append(training.epoch))
+    training.run()
+    each = [1, of_attack + 1, 2, of_attack + 2]
+    assert [row["attacked"] for row in training.history] == [0, 1, 0, 1]
+    assert [row["passes"] for row in training.history] == np.cumsum(each).dot(STEPS).tolist()
+    assert [counted.count(epoch) / STEPS for epoch in range(4)] == each
+    assert len(training.model._forward_hooks) == 1
+
+
+def test_each_batch_is_attacked_once_and_all_passes_of_its_step_see_the_same():
+    attacks, seen = [], []
+
+    def noted(model, x, y, generator):
+        assert generator is training._generator
+        x_adv = attack(model, x, y, generator=generator)
+        assert (x_adv - x).abs().amax((1, 2, 3)) == pytest.approx(0.1, rel=1e-4)
+        attacks.append(x_adv)
+        seen.clear()
+        return x_adv
+
+    def check():
+        assert len(seen) == 2
+        assert all(torch.equal(x, attacks[-1]) for x in seen)
+
+    training = plain([Phase(0, 2, 0.1, attack=noted)])
+    training.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    training.run(on_step=check)
+    assert [len(x_adv) for x_adv in attacks] == [8, 8, 4] * 2
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_an_attack_of_no_strength_trains_as_none_bit_for_bit(rho):
+    """Its passes leave running statistics, gradients, random numbers and modes alone."""
+    none = partial(pgd, threat=Threat("linf", 0.0, -10, 10), random_start=False, restarts=2)
+    attacked, expected = (made([Phase(0, 3, rho, attack=a)]).run() for a in (none, None))
+    assert_equal(dict(attacked.model.state_dict()), dict(expected.model.state_dict()))
+    assert_equal(attacked.optimizer.state_dict(), expected.optimizer.state_dict())
+    assert [row["loss"] for row in attacked.history] == [row["loss"] for row in expected.history]
+
+
+def test_an_attack_makes_a_difference_from_its_first_epoch_on():
+    trained, expected = made(late(2, 4, attack=attack)), made([Phase(0, 4)])
+    same = [everything(training.run(2))["model"] for training in (trained, expected)]
+    assert_equal(*map(dict, same))
+    other = [everything(training.run(3))["model"] for training in (trained, expected)]
+    assert not torch.equal(other[0]["0.weight"], other[1]["0.weight"])
+    assert trained.history[2]["loss"] > expected.history[2]["loss"]
+
+
+@pytest.mark.parametrize("how", [{}, {"rho": 0.1}, {"rho": 0.1, "rule": random_direction}])
+@pytest.mark.parametrize("switch", [late, early])
+def test_an_attacked_run_with_random_starts_can_be_branched_and_resumed(switch, how, tmp_path):
+    how = {"attack": attack, **how}
+    direct = made(switch(2, 4, **how)).run()
+    trunk = made(switch(4, 4, **how))
+    for at in (1, 2):
+        trunk.run(at)
+        branch = trunk.branch(switch(at, 4, **how)).run()
+        assert_equal(everything(branch), everything(made(switch(at, 4, **how)).run()))
+    interrupted = made(switch(2, 4, **how))
+    interrupted.run(on_epoch=lambda: interrupted.save(tmp_path / f"{interrupted.epoch}.pt"))
+    for epoch in (1, 3):
+        fresh = made(switch(2, 4, **how), model=network(seed=9)).load(tmp_path / f"{epoch}.pt")
+        assert_equal(everything(fresh.run()), everything(direct))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (attack, None, "epoch 0 with .*attacked 1, where phases .* attacked 0"),
+        (None, attack, "epoch 0 with .*attacked 0, where phases .* attacked 1"),
+    ],
+)
+def test_a_past_with_an_attack_is_another_than_one_without(before, after, message):
+    training = made([Phase(0, 3, attack=before)]).run(1)
+    other = made([Phase(0, 3, attack=after)])
+    state = everything(other)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(training.state_dict())
+    assert_equal(everything(other), state)
+    with pytest.raises(ValueError, match=message):
+        training.branch([Phase(0, 3, attack=after)])
+
+
+@pytest.mark.parametrize("error", [Failure(), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("inside", [False, True], ids=["attack", "model in the attack"])
+def test_an_exception_in_an_attack_leaves_the_training_as_before_the_epoch(inside, error):
+    def loss_fn(outputs, y):
+        return nn.functional.cross_entropy(outputs, y, reduction="none")
+
+    def phases(attack):
+        return late(1, 4, rho=0.1, attack=attack)
+
+    direct = made(phases(attack)).run()
+    if inside:  # an epoch calls it six times
+        failing = partial(attack, loss_fn=failing_at(STEPS * 2 + 4, error, loss_fn))
+    else:
+        once = failing_at(STEPS + 2, error, lambda: None)
+
+        def failing(model, x, y, generator):
+            once()
+            return attack(model, x, y, generator=generator)
+
+    training = made(phases(failing)).run(2)
+    before, outside = everything(training), random_states()
+    with pytest.raises(type(error)):
+        training.run()
+    assert_equal(everything(training), before)
+    assert_equal(random_states(), outside)
+    assert not training.model._forward_hooks
+    assert_equal(everything(training.run()), everything(direct))
+
+
+def test_examples_outside_the_box_stop_the_epoch_with_a_hint_and_leave_the_training_as_it_was():
+    training = made(late(1, 3, attack=partial(pgd, threat=0.1))).run(1)
+    before = everything(training)
+    with pytest.raises(ValueError, match=r"x must lie in the box \[0.0, 1.0\].*Normalize"):
+        training.run()
+    assert_equal(everything(training), before)
 
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -643,7 +784,7 @@ def rates(phases, schedule, optimizer=MOMENTUM):
     ],
 )
 def test_a_schedule_is_one_across_all_phases(schedule, factors):
-    for phases in (late_sam(10, 10, 0.1), late_sam(7, 10, 0.1), early_sam(3, 10, 0.1)):
+    for phases in (late(10, 10, rho=0.1), late(7, 10, rho=0.1), early(3, 10, rho=0.1)):
         used, noted = rates(phases, schedule)
         assert used == [[pytest.approx(0.1 * factor)] for factor in factors]
         assert noted == [lr for (lr,) in used]
@@ -711,13 +852,15 @@ WRONG = {
     "rho in words": (lambda: Phase(0, 1, "0.1"), "rho must be .* got '0.1'"),
     "rho yes": (lambda: Phase(0, 1, True), "rho must be .* got True"),
     "rule": (lambda: Phase(0, 1, 0.1, "sam"), "rule must be a function .* got 'sam'"),
+    "attack": (lambda: Phase(0, 1, attack=0.1), "attack must be a function .*, got 0.1"),
+    "attack late": (lambda: late(0, 1, attack="pgd"), "attack must be a function .*, got 'pgd'"),
     "rule with a state": (
         lambda: Phase(0, 1, 0.1, nn.ReLU()),
         r"rule must be without a state, .* got ReLU\(\)",
     ),
-    "at": (lambda: late_sam(5, 4, 0.1), "at must be an integer between 0 and 4, got 5"),
-    "at early": (lambda: early_sam(-1, 4, 0.1), "at must be an integer between 0 and 4, got -1"),
-    "epochs": (lambda: late_sam(0, 0, 0.1), "epochs must be an integer of at least 1, got 0"),
+    "at": (lambda: late(5, 4, rho=0.1), "at must be an integer between 0 and 4, got 5"),
+    "at early": (lambda: early(-1, 4, rho=0.1), "at must be an integer between 0 and 4, got -1"),
+    "epochs": (lambda: late(0, 0, rho=0.1), "epochs must be an integer of at least 1, got 0"),
     "share above 1": (lambda: steps({1.5: 0.1}), r"factors must map .* got \{1.5: 0.1\}"),
     "factor 0": (lambda: steps({0.5: 0.0}), r"factors must map .* got \{0.5: 0.0\}"),
     "factor nan": (lambda: steps({0.5: math.nan}), "factors must map .* got {0.5: nan}"),

@@ -1,8 +1,6 @@
 r"""The late phase, what its tasks have in common: the grid of switching times, and the claims.
 
-For each setting and seed there are two trunks, one of SGD and one of SAM, each trained to the end.
-From the SGD trunk branch the runs that switch to SAM late, from the SAM trunk those that switch to
-SGD, so that all of a setting's runs share their weights up to the switch.
+The runs of a setting share their trunks, as `switching` says; what is studied is SAM.
 
 A *setting* differs from the base in one factor at most: the schedule of the learning rate, the
 radius, whether the optimizer's momentum survives the switch, label smoothing.
@@ -25,51 +23,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sam_lab import data, landscape, models
+from sam_lab import data, landscape
 from sam_lab.curvature import Hessian
+from sam_lab.experiments import networks
 from sam_lab.experiments.core import Claim, Criterion, Result, Run
 from sam_lab.experiments.statistics import each_seed, farthest_from_one
+from sam_lab.experiments.switching import SCHEDULES, base, branches, ends, reached, summed_lr
 from sam_lab.perturbations import global_norm
-from sam_lab.training import (
-    LossFn,
-    Phase,
-    Training,
-    constant,
-    crop_and_flip,
-    early_sam,
-    evaluate,
-    late_sam,
-    steps,
-)
+from sam_lab.training import LossFn, Phase, Training, crop_and_flip, evaluate
 
 __all__ = [
-    "SCHEDULES",
     "Config",
-    "against_share",
-    "base",
     "claims",
-    "ends",
     "factor_claims",
+    "fallen",
     "hessian",
     "late_over_sgd",
     "objective",
     "prepare",
-    "reached",
     "run",
     "settings",
-    "summed_lr",
 ]
 
 ZHOU = "Zhou et al. 2025"
 HERE = "this book"
-
-SCHEDULES = {
-    "constant": constant,
-    # the schedule of the paper's code for its wide networks
-    "steps": steps({0.3: 0.2, 0.6: 0.04}),
-    # what a practitioner would do: late SAM at the full rate, then a short phase at a small one
-    "drop": steps({0.9: 0.1}),
-}
 
 
 @dataclass(frozen=True)
@@ -141,22 +118,6 @@ def prepare(
     found = data.load(config.data, train=config.train, test=config.test, seed=seed, device=device)
     if config.data != "mnist1d":  # which its generator has standardised
         found = _standardized(found)
-    shape = found.x.shape[1:]
-    model: nn.Module
-    if config.hidden:
-        sizes = (shape.numel(), *config.hidden, found.classes)
-        model = models.mlp(sizes, "relu", seed=seed, device=device)
-    else:
-        model = models.wide_resnet(
-            config.depth,
-            config.width,
-            shape,
-            found.classes,
-            stride=config.stride,
-            seed=seed,
-            device=device,
-        )
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if setting["schedule"] not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise ValueError(f"schedule must be one of {known}, got {setting['schedule']!r}")
@@ -167,7 +128,7 @@ def prepare(
         weight_decay=config.weight_decay,
     )
     training = Training(
-        model,
+        networks.build(config, found, seed, device),
         found.x,
         found.y,
         optimizer,
@@ -198,12 +159,12 @@ def run(
     """All switching times of one setting.
 
     Returns:
-        Columns with a row for each run, whose epochs of SAM are [`sam_from`, `sam_until`); an empty
-        interval is SGD throughout. `passes` through the model in training; `objective` (mean loss
-        of training over the whole training set), `train_loss` and `train_error` (cross-entropy and
-        share of errors), `test_loss`, `test_error`; `sharpness_objective`, `sharpness`, `trace`,
-        `trace_stderr` (the latter three of cross-entropy), `norm` of the weights; and from the
-        switch to the end, NaN where nothing switches, `distance` and `barrier`, with
+        Columns with a row for each run, whose epochs of SAM are [`switched_on`, `switched_off`); an
+        empty interval is SGD throughout. `passes` through the model in training; `objective` (mean
+        loss of training over the whole training set), `train_loss` and `train_error` (cross-entropy
+        and share of errors), `test_loss`, `test_error`; `sharpness_objective`, `sharpness`,
+        `trace`, `trace_stderr` (the latter three of cross-entropy), `norm` of the weights; and from
+        the switch to the end, NaN where nothing switches, `distance` and `barrier`, with
         `switch_objective` and `switch_sharpness` (of the objective) as they were before.
 
     Raises:
@@ -211,43 +172,12 @@ def run(
             that can be switched at.
     """
     start, found = prepare(config, setting, seed, device)
-    epochs, rho = config.epochs, setting["rho"]
-    late, early = _switches("late", config), _switches("early", config)
-    total = 3 * epochs + sum(2 * (epochs - at) for at in late) + sum(epochs - at for at in early)
-    done = 0
-
-    def advance(training: Training, until: int) -> None:
-        def tick() -> None:
-            nonlocal done
-            done += 2 if training.history[-1]["rho"] else 1
-            progress(done, total)
-
-        training.run(until, on_epoch=tick)
-
-    rows: list[dict[str, float]] = []
-    # a switch at the end is no switch: SGD throughout, and SAM throughout
-    for switch_at, times in ((late_sam, late), (early_sam, early)):
-        trunk = start.branch(switch_at(epochs, epochs, rho))
-        for at in times:
-            advance(trunk, at)
-            branch = trunk.branch(switch_at(at, epochs, rho))
-            advance(branch, epochs)
-            rows.append(_end(branch, found, config) | _way(trunk, branch, config))
-        advance(trunk, epochs)
-        rows.append(_end(trunk, found, config) | dict.fromkeys(_WAY, float("nan")))
+    how = {"rho": setting["rho"]}
+    rows = []
+    for interval, switch, end in branches(start, config.late, config.early, how, progress):
+        way = dict.fromkeys(_WAY, float("nan")) if switch is None else _way(switch, end, config)
+        rows.append(interval | _end(end, found, config) | way)
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _switches(name: str, config: Config) -> list[int]:
-    """The epochs of the switches, in ascending order."""
-    shares = getattr(config, name)
-    found = sorted({round(share * config.epochs) for share in shares})
-    if len(found) < len(shares) or any(not 0 < at < config.epochs for at in found):
-        raise ValueError(
-            f"{name} must be shares of the {config.epochs} epochs that fall on different ones, "
-            f"neither the first nor the end, got {shares}"
-        )
-    return found
 
 
 _WAY = ("distance", "barrier", "switch_objective", "switch_sharpness")
@@ -279,15 +209,11 @@ def hessian(training: Training, config: Config, loss_fn: LossFn | None = None) -
 def _end(training: Training, found: data.Dataset, config: Config) -> dict[str, float]:
     """What is measured at the end of a run."""
     model = training.model
-    spans = [(phase.start, phase.stop) for phase in training.phases if phase.rho]
-    sam_from, sam_until = spans[0] if spans else (training.epochs, training.epochs)
     train_loss, train_error = evaluate(model, found.x, found.y)
     test_loss, test_error = evaluate(model, found.x_test, found.y_test)
     plain = hessian(training, config, nn.functional.cross_entropy)
     trace = plain.trace(tol=config.trace_tol)
     return {
-        "sam_from": float(sam_from),
-        "sam_until": float(sam_until),
         "passes": training.history[-1]["passes"],
         "objective": evaluate(model, found.x, found.y, training.loss_fn)[0],
         "train_loss": train_loss,
@@ -331,61 +257,8 @@ def _way(switch: Training, end: Training, config: Config) -> dict[str, float]:
 # --- what the runs decide -------------------------------------------------------------------------
 
 
-def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
-    """A column's value at the end of one run.
-
-    Args:
-        method: "sgd" or "sam" throughout; "late", SAM from `share` of the epochs on; or "early",
-            SAM up to there.
-
-    Raises:
-        ValueError: there is no such run.
-    """
-    begin, end = run["sam_from"], run["sam_until"]
-    epochs = end.max()
-    at = round((share or 0) * epochs)
-    spans = {"sgd": (epochs, epochs), "sam": (0, epochs), "late": (at, epochs), "early": (0, at)}
-    if method not in spans:
-        raise ValueError(f"method must be one of {', '.join(spans)}, got {method!r}")
-    found = np.flatnonzero((begin == spans[method][0]) & (end == spans[method][1]))
-    if len(found) != 1:
-        raise ValueError(
-            f"no run with {method} at {share}: SAM ran in {[*zip(begin, end, strict=True)]}"
-        )
-    return float(run[name][found[0]])
-
-
-def reached(run: Run, method: str, share: float, name: str = "sharpness_objective") -> float:
-    """How far a run is from SGD (0) to SAM throughout (1), in the logarithm of a column."""
-    sgd, sam, other = (
-        np.log(ends(run, name, *which)) for which in (("sgd",), ("sam",), (method, share))
-    )
-    return float((sgd - other) / (sgd - sam))
-
-
-def against_share(
-    result: Result, name: str, method: str, **changed: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """A column at the end, against the share of the epochs that had SAM.
-
-    Args:
-        method: "late", SAM at the end of training; or "early", at its beginning.
-        changed: the factor in which the setting differs from the base.
-
-    Returns:
-        Shares (T,), ascending, from SGD throughout (0) to SAM throughout (1); values (seeds, T).
-    """
-    runs = [base(result, seed, **changed) for seed in result.seeds]
-    begin, end = runs[0]["sam_from"], runs[0]["sam_until"]
-    chosen = end == end.max() if method == "late" else (begin == 0) | (begin == end)
-    shares = ((end - begin) / end.max())[chosen]
-    order = np.argsort(shares)
-    return shares[order], np.array([run[name][chosen][order] for run in runs])
-
-
-def base(result: Result, seed: int, **changed: Any) -> Run:
-    """The run with the base setting, or that with one factor changed."""
-    return result.select(seed=seed, **{**result.settings[0], **changed})[0]
+def _reached(run: Run, method: str, share: float, name: str = "sharpness_objective") -> float:
+    return reached(run, name, method, share, log=True)
 
 
 LATE = 0.9  # the share of the epochs that the claims about late SAM leave to SGD
@@ -451,7 +324,7 @@ def _claims(schedule: str) -> list[Claim]:
             "SAM throughout ends flatter than SGD: sharpness of the training objective, ratio",
             ZHOU,
             "",
-            ratio("sharpness_objective", ("sam",), ("sgd",)),
+            ratio("sharpness_objective", ("full",), ("sgd",)),
             Criterion(high=0.8),
         ),
         Claim(
@@ -460,7 +333,7 @@ def _claims(schedule: str) -> list[Claim]:
             "share of the way from SGD's, in the logarithm",
             ZHOU,
             "",
-            on_base(lambda run: reached(run, "late", LATE)),
+            on_base(lambda run: _reached(run, "late", LATE)),
             Criterion(low=0.8),
         ),
         Claim(
@@ -468,7 +341,7 @@ def _claims(schedule: str) -> list[Claim]:
             "The same for the trace of the Hessian of cross-entropy",
             ZHOU,
             "",
-            on_base(lambda run: reached(run, "late", LATE, "trace")),
+            on_base(lambda run: _reached(run, "late", LATE, "trace")),
             Criterion(low=0.8),
         ),
         Claim(
@@ -476,7 +349,7 @@ def _claims(schedule: str) -> list[Claim]:
             "It goes at least half of that way",
             HERE,
             "",
-            on_base(lambda run: reached(run, "late", LATE)),
+            on_base(lambda run: _reached(run, "late", LATE)),
             Criterion(low=0.5),
         ),
         Claim(
@@ -484,7 +357,7 @@ def _claims(schedule: str) -> list[Claim]:
             "SAM throughout has a smaller test error than SGD: by how much",
             ZHOU,
             "points",
-            points(("sgd",), ("sam",)),
+            points(("sgd",), ("full",)),
             Criterion(low=0.0),
         ),
         Claim(
@@ -500,7 +373,7 @@ def _claims(schedule: str) -> list[Claim]:
             "Its test error is about that of SAM throughout: by how much it is larger",
             ZHOU,
             "points",
-            points(("late", LATE), ("sam",)),
+            points(("late", LATE), ("full",)),
             Criterion(-0.25, 0.25),
         ),
         Claim(
@@ -526,7 +399,7 @@ def _claims(schedule: str) -> list[Claim]:
             "of the way from SGD's sharpness to SAM's that is left",
             ZHOU,
             "",
-            on_base(lambda run: reached(run, "early", LATE)),
+            on_base(lambda run: _reached(run, "early", LATE)),
             Criterion(high=0.2),
         ),
         Claim(
@@ -573,33 +446,27 @@ def _beside(factor: str, statistic: Callable[[Run, Run], float]) -> Callable[[Re
     return each_seed(at)
 
 
-def summed_lr(result: Result, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
-    """How long late SAM has had, and how far it has come.
+def fallen(result: Result, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How long late SAM has had, and how far the sharpness has come.
 
     Returns:
         The learning rate summed over the epochs of SAM (T,), ascending, for each late switch;
         sharpness at the end over that of SGD throughout, (seeds, T).
     """
     name = "sharpness_objective"
-    runs = [base(result, seed, **changed) for seed in result.seeds]
-    config, begin, end = result.config, runs[0]["sam_from"], runs[0]["sam_until"]
-    chosen = (end == end.max()) & (begin < end) & (begin > 0)
-    schedule = SCHEDULES[runs[0].settings["schedule"]]
-    rates = config["lr"] * np.array([schedule(e / end.max()) for e in range(int(end.max()))])
-    sums = np.array([rates[int(at) :].sum() for at in begin[chosen]])
-    order = np.argsort(sums)
-    fallen = np.array([run[name][chosen][order] / ends(run, name, "sgd") for run in runs])
-    return sums[order], fallen
+    sums, sharpness = summed_lr(result, name, **changed)
+    sgd = [ends(base(result, seed, **changed), name, "sgd") for seed in result.seeds]
+    return sums, sharpness / np.array(sgd)[:, None]
 
 
 def _clock(result: Result) -> list[float]:
     """Late SAM's fall under the other schedules, over that at the constant rate in equal time."""
-    sums, fallen = summed_lr(result, schedule="constant")
+    sums, ratio = fallen(result, schedule="constant")
     ratios: list[list[float]] = [[] for _ in result.seeds]
     for schedule in {setting["schedule"] for setting in result.settings} - {"constant"}:
-        other_sums, other_fallen = summed_lr(result, schedule=schedule)
+        other_sums, other_ratio = fallen(result, schedule=schedule)
         shared = (sums.min() <= other_sums) & (other_sums <= sums.max())
-        for seed, (one, other) in enumerate(zip(fallen, other_fallen[:, shared], strict=True)):
+        for seed, (one, other) in enumerate(zip(ratio, other_ratio[:, shared], strict=True)):
             expected = np.exp(np.interp(np.log(other_sums[shared]), np.log(sums), np.log(one)))
             ratios[seed] += (other / expected).tolist()
     return [farthest_from_one(found) for found in ratios]
@@ -633,7 +500,7 @@ def factor_claims() -> list[Claim]:
             "tenth, goes at least half of the way from SGD's sharpness to SAM's",
             HERE,
             "",
-            each_seed(lambda result, seed: reached(_dropped(result, seed), "late", 0.75)),
+            each_seed(lambda result, seed: _reached(_dropped(result, seed), "late", 0.75)),
             Criterion(low=0.5),
         ),
         Claim(

@@ -34,7 +34,7 @@ from sam_lab.experiments import late_images, late_mnist1d, late_phase
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
 from sam_lab.experiments.statistics import each_seed
 from sam_lab.perturbations import global_norm
-from sam_lab.training import LossFn, Training, evaluate, late_sam
+from sam_lab.training import LossFn, Training, evaluate, late
 
 ZHOU = "Zhou et al. 2025"
 LINES = {
@@ -135,9 +135,9 @@ def run(
         progress(done, total)
 
     start, found = prepare(config, setting, seed, device)
-    sgd_only = late_sam(epochs, epochs, rho)
+    sgd_only = late(epochs, epochs, rho=rho)
     sgd = start.branch(sgd_only).run(at, on_epoch=tick)
-    switch, sam = sgd.branch(sgd_only), sgd.branch(late_sam(at, epochs, rho))
+    switch, sam = sgd.branch(sgd_only), sgd.branch(late(at, epochs, rho=rho))
     order, independent = start.branch(sgd_only), start.branch(sgd_only)
     order.seed = independent.seed = seed + ELSEWHERE
     other, _ = prepare(config, setting, seed + ELSEWHERE, device)

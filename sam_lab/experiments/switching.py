@@ -1,0 +1,182 @@
+"""Experiments that switch once: SGD up to some epoch and something else from there, or the reverse.
+
+For each setting and seed there are two trunks, each trained to the end: one of SGD, and one of what
+is studied (SAM, or attacked examples), called *full*. From the SGD trunk branch the runs that
+switch late, from the full trunk those that had it early and go back to SGD. So all runs of a
+setting share their weights up to the switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sam_lab.experiments.core import Result, Run
+from sam_lab.training import Phase, Schedule, Training, constant, early, late, steps
+
+__all__ = ["SCHEDULES", "against_share", "base", "branches", "ends", "reached", "summed_lr"]
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    # the schedule of the paper's code for its wide networks
+    "steps": steps({0.3: 0.2, 0.6: 0.04}),
+    # what a practitioner would do: the late phase at the full rate, then a short one at a small
+    "drop": steps({0.9: 0.1}),
+}
+
+
+def branches(
+    start: Training,
+    late_at: tuple[float, ...],
+    early_at: tuple[float, ...],
+    how: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[dict[str, float], Training | None, Training]]:
+    """Train all runs of one setting.
+
+    Args:
+        start: the training before its first epoch.
+        late_at, early_at: at which share of the epochs runs switch to what is studied, or away
+            from it.
+        how: what is studied, as `training.late` takes it.
+        progress: told how many epochs are done, and of how many.
+
+    Yields:
+        For each run, `switched_on` and `switched_off`: what is studied ran in the epochs
+        [on, off), an empty interval is SGD throughout; the training at the switch, None where
+        nothing switches; and the training at its end.
+
+    Raises:
+        ValueError: shares of the epochs that fall on one epoch, or on none that can be switched at.
+    """
+    epochs = start.epochs
+    switches = {
+        late: _epochs("late", late_at, epochs),
+        early: _epochs("early", early_at, epochs),
+    }
+    total = 2 * epochs + sum(epochs - at for times in switches.values() for at in times)
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    # a switch at the end is no switch: SGD throughout, and the other throughout
+    for switch_at, times in switches.items():
+        trunk = start.branch(switch_at(epochs, epochs, **how))
+        for at in times:
+            trunk.run(at, on_epoch=tick)
+            end = trunk.branch(switch_at(at, epochs, **how)).run(on_epoch=tick)
+            yield _interval(end), trunk, end
+        trunk.run(on_epoch=tick)
+        yield _interval(trunk), None, trunk
+
+
+def _epochs(name: str, shares: tuple[float, ...], epochs: int) -> list[int]:
+    """The epochs of the switches, in ascending order."""
+    found = sorted({round(share * epochs) for share in shares})
+    if len(found) < len(shares) or any(not 0 < at < epochs for at in found):
+        raise ValueError(
+            f"{name} must be shares of the {epochs} epochs that fall on different ones, "
+            f"neither the first nor the end, got {shares}"
+        )
+    return found
+
+
+def _interval(training: Training) -> dict[str, float]:
+    """The epochs of the phase that is more than the optimizer."""
+    (on, off) = next(
+        (
+            (phase.start, phase.stop)
+            for phase in training.phases
+            if phase != Phase(phase.start, phase.stop)
+        ),
+        (training.epochs, training.epochs),
+    )
+    return {"switched_on": float(on), "switched_off": float(off)}
+
+
+# --- what has been run ----------------------------------------------------------------------------
+
+
+def base(result: Result, seed: int, **changed: Any) -> Run:
+    """The run with the base setting, or that with one factor changed."""
+    return result.select(seed=seed, **{**result.settings[0], **changed})[0]
+
+
+def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
+    """A column's value at the end of one run.
+
+    Args:
+        method: "sgd" or "full" throughout; "late", what is studied from `share` of the epochs on;
+            or "early", up to there.
+
+    Raises:
+        ValueError: there is no such run.
+    """
+    on, off = run["switched_on"], run["switched_off"]
+    epochs = off.max()
+    at = round((share or 0) * epochs)
+    spans = {"sgd": (epochs, epochs), "full": (0, epochs), "late": (at, epochs), "early": (0, at)}
+    if method not in spans:
+        raise ValueError(f"method must be one of {', '.join(spans)}, got {method!r}")
+    found = np.flatnonzero((on == spans[method][0]) & (off == spans[method][1]))
+    if len(found) != 1:
+        raise ValueError(
+            f"no run with {method} at {share}: the phases were {[*zip(on, off, strict=True)]}"
+        )
+    return float(run[name][found[0]])
+
+
+def reached(run: Run, name: str, method: str, share: float, *, log: bool = False) -> float:
+    """How far a run is from SGD (0) to what is studied throughout (1), in a column.
+
+    Args:
+        log: measure in the logarithm of the column.
+    """
+    sgd, full, other = (ends(run, name, *which) for which in (("sgd",), ("full",), (method, share)))
+    if log:
+        sgd, full, other = (float(np.log(value)) for value in (sgd, full, other))
+    return (sgd - other) / (sgd - full)
+
+
+def against_share(
+    result: Result, name: str, method: str, **changed: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """A column at the end, against the share of the epochs that had what is studied.
+
+    Args:
+        method: "late", at the end of training; or "early", at its beginning.
+        changed: the factor in which the setting differs from the base.
+
+    Returns:
+        Shares (T,), ascending, from SGD throughout (0) to the other throughout (1); values
+        (seeds, T).
+    """
+    runs = [base(result, seed, **changed) for seed in result.seeds]
+    on, off = runs[0]["switched_on"], runs[0]["switched_off"]
+    chosen = off == off.max() if method == "late" else (on == 0) | (on == off)
+    shares = ((off - on) / off.max())[chosen]
+    order = np.argsort(shares)
+    return shares[order], np.array([run[name][chosen][order] for run in runs])
+
+
+def summed_lr(result: Result, name: str, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How long the late phase has had, and a column at its end.
+
+    Returns:
+        The learning rate summed over the epochs of the late phase (T,), ascending, for each late
+        switch; the column, (seeds, T).
+    """
+    runs = [base(result, seed, **changed) for seed in result.seeds]
+    on, off = runs[0]["switched_on"], runs[0]["switched_off"]
+    epochs = int(off.max())
+    chosen = (off == epochs) & (on < off) & (on > 0)
+    schedule = SCHEDULES[runs[0].settings["schedule"]]
+    rates = result.config["lr"] * np.array([schedule(e / epochs) for e in range(epochs)])
+    sums = np.array([rates[int(at) :].sum() for at in on[chosen]])
+    order = np.argsort(sums)
+    return sums[order], np.array([run[name][chosen][order] for run in runs])
