@@ -1,6 +1,8 @@
-"""README, citation and licence say what is so."""
+"""README, citation, licence and the pages of the book in Markdown say what is so."""
 
 import copy
+import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -124,3 +126,38 @@ def test_make_help_lists_every_target():
     phony = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)[1].split()
     described = re.findall(r"^([a-z]+):.*## ", makefile, flags=re.MULTILINE)
     assert sorted(phony) == sorted(described)
+
+
+CLOSING = (ROOT / "book" / "closing.md").read_text(encoding="utf-8")
+
+
+def test_the_closing_page_says_of_each_claim_what_the_stored_runs_say():
+    """Below each of its paragraphs, in a comment, stand the verdicts that it puts into words."""
+    comments = re.findall(r"<!-- held by tests/test_documents\.py\n(.*?)\n-->", CLOSING, re.DOTALL)
+    said = [tuple(line.split(" | ")) for comment in comments for line in comment.splitlines()]
+    assert len(comments) == CLOSING.count("<!--")
+    verdicts = {}
+    for path in {f"{result}.json" for result, _, _ in said}:
+        stored = json.loads((ROOT / "book" / "results" / path).read_text(encoding="utf-8"))
+        for claim in stored["claims"]:
+            verdicts[path.removesuffix(".json"), claim["id"]] = claim["verdict"]
+    found = [(result, claim, verdicts.get((result, claim))) for result, claim, _ in said]
+    assert said == found
+
+
+def test_every_paper_that_a_page_links_to_is_in_the_bibliography():
+    entries = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
+    known = set(re.findall(r"^ *(?:eprint|doi) *= *\{(.+)\}", entries, flags=re.MULTILINE))
+    pages = sorted([*(ROOT / "book").glob("*.md"), *(ROOT / "book").glob("*.ipynb")])
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        linked = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", text))
+        linked |= set(re.findall(r"\(https://doi\.org/([^\s)]+)\)", text))
+        assert linked <= known, page.name
+
+
+def test_the_page_on_the_library_shows_every_room():
+    page = (ROOT / "book" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"automodule:: sam_lab\.(\w+)", page))
+    rooms = {room.name for room in pkgutil.iter_modules([str(ROOT / "sam_lab")])}
+    assert shown == {room for room in rooms if not room.startswith("_")}
