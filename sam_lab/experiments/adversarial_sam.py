@@ -291,7 +291,7 @@ def _claims() -> list[Claim]:
         ),
         Claim(
             "chosen-radius-makes-more-robust",
-            "The same for the radius, 0 among them, that is best on validation examples",
+            "It is so with the radius, 0 among them, that is best on validation examples",
             HERE,
             "points",
             points(robust, plain, _chosen),
@@ -299,7 +299,8 @@ def _claims() -> list[Claim]:
         ),
         Claim(
             "awp-makes-more-robust",
-            f"The same for adversarial weight perturbation, relative radius {GAMMA:g}",
+            "Adversarial training is more robust with adversarial weight perturbation, radius "
+            f"{GAMMA:g} of each weight: by how much the error under AutoAttack is smaller",
             WU,
             "points",
             points(robust, plain, with_awp),
@@ -324,7 +325,8 @@ def _claims() -> list[Claim]:
         ),
         Claim(
             "awp-narrows-the-gap",
-            "So does adversarial weight perturbation: by how much",
+            "Adversarial weight perturbation makes the robust generalisation gap smaller: by how "
+            "much",
             WU,
             "points",
             points("gap", plain, with_awp),
@@ -340,7 +342,8 @@ def _claims() -> list[Claim]:
         ),
         Claim(
             "awp-flattens-the-adversarial-loss",
-            "So it is with adversarial weight perturbation",
+            "The adversarial loss is flatter with adversarial weight perturbation: sharpness over "
+            "attacked examples, ratio",
             WU,
             "",
             ratio("sharpness_adversarial", with_awp, plain),
