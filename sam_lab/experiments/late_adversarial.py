@@ -197,10 +197,10 @@ def _clock(result: Result) -> list[float]:
     Raises:
         ValueError: there is no other schedule with a late phase of a length to compare.
     """
-    sums, errors = summed_lr(result, "pgd_error", schedule="constant")
+    sums, errors = summed_lr(result, "autoattack_error", schedule="constant")
     found: list[list[float]] = [[] for _ in result.seeds]
     for schedule in {setting["schedule"] for setting in result.settings} - {"constant"}:
-        other_sums, other = summed_lr(result, "pgd_error", schedule=schedule)
+        other_sums, other = summed_lr(result, "autoattack_error", schedule=schedule)
         shared = (sums.min() <= other_sums) & (other_sums <= sums.max())
         for seed, (one, two) in enumerate(zip(errors, other[:, shared], strict=True)):
             expected = np.interp(np.log(other_sums[shared]), np.log(sums), one)
@@ -314,7 +314,7 @@ def claims() -> list[Claim]:
         Claim(
             "learning-rate-is-the-clock",
             "What late adversarial training does depends on the learning rate summed over its "
-            "epochs: error under PGD after it under the other schedules, less that at a constant "
+            "epochs: robust error after it under the other schedules, less that at a constant "
             "rate where the sum is the same (interpolated)",
             HERE,
             "points",
