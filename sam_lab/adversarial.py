@@ -209,7 +209,7 @@ def pgd(
         >>> model = nn.Linear(2, 2)
         >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
-        >>> pgd(model, x, y, 0.1)
+        >>> pgd(model, x, y, 0.1, random_start=False)
         tensor([[0.4000, 0.5000]])
     """
     threat = _threat(threat)

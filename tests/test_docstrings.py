@@ -1,9 +1,14 @@
-"""Docstrings as they read best in code come out right in the book."""
+"""Docstrings as they read best in code come out right in the book, and their examples are true."""
 
+import doctest
+import importlib
 import importlib.util
+import pkgutil
 from pathlib import Path
 
 import pytest
+
+import sam_lab
 
 FILE = Path(__file__).parent.parent / "book" / "_ext" / "docstrings.py"
 
@@ -39,3 +44,16 @@ def test_formulas_in_a_line_norms_and_code_are_told_apart(docstrings):
 def test_a_literal_block_stays_as_it_is(docstrings):
     lines = ["So::", "", "    $$a$$ |b|", "", "and |c|"]
     assert docstrings.convert(lines) == [*lines[:-1], r"and \|c\|"]
+
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(sam_lab.__path__, "sam_lab.")
+    if not module.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_print_what_they_say(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
