@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_lab import _optional
-from sam_lab.objective import check_integer, check_nonnegative
+from sam_lab.objective import check_examples, check_integer, check_nonnegative
 from sam_lab.perturbations import HALF, NORMS, steepest
 from sam_lab.state import RandomState, evaluating
 
@@ -43,6 +43,7 @@ __all__ = [
     "fgsm",
     "pgd",
     "robust_accuracy",
+    "standing",
     "trades",
 ]
 
@@ -113,8 +114,8 @@ class Threat:
             delta = self.eps * (2 * draw(torch.rand, x.shape) - 1)
         else:
             z = draw(torch.randn, x.shape)
-            one_each = _lengths(z).shape
-            delta = self.eps * draw(torch.rand, one_each) * z / _lengths(z).clamp(min=1e-12)
+            lengths = _lengths(z)
+            delta = self.eps * draw(torch.rand, lengths.shape) * z / lengths.clamp(min=1e-12)
         return self.project(x + delta, x)
 
     def ascend(self, grad: Tensor, step: float) -> Tensor:
@@ -353,18 +354,34 @@ def robust_accuracy(
     Raises:
         TypeError, ValueError: x and y are not as described, or what the attack finds them to be.
     """
+    natural, robust = standing(model, x, y, attack, batch=batch)
+    return int(natural.sum()) / len(x), int(robust.sum()) / len(x)
+
+
+@torch.no_grad()
+def standing(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, *, batch: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """Which examples are classified rightly, and which of them still are under an attack.
+
+    Arguments and errors are those of `robust_accuracy`, which gives the shares.
+
+    Returns:
+        Two masks, (N,) each, bool.
+    """
     check_integer("batch", batch, 1)
     _check_pairs(x, y)
-    natural = robust = 0
-    with evaluating(model), torch.no_grad():
+    natural, robust = [], []
+    with evaluating(model):
         for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
             right = model(inputs).argmax(1) == labels
-            inputs, labels = inputs[right], labels[right]
-            natural += len(labels)
-            if len(labels):
-                attacked = attack(model, inputs, labels)
-                robust += int((model(attacked).argmax(1) == labels).sum())
-    return natural / len(x), robust / len(x)
+            natural.append(right)
+            right = right.clone()
+            if right.any():
+                attacked = attack(model, inputs[right], labels[right])
+                right[right.clone()] = model(attacked).argmax(1) == labels[right]
+            robust.append(right)
+    return torch.cat(natural), torch.cat(robust)
 
 
 def trades(
@@ -434,11 +451,7 @@ def _check_pairs(x: Tensor, y: Tensor) -> None:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.is_floating_point():
         kinds = [t.dtype if isinstance(t, Tensor) else type(t).__name__ for t in (x, y)]
         raise TypeError(f"x and y must be tensors, x of floats, got {kinds[0]} and {kinds[1]}")
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
-        raise ValueError(
-            "x and y must hold one entry an example, at least one, got shapes "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
-        )
+    check_examples(x, y)
 
 
 def _check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> None:

@@ -291,6 +291,17 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_examples(x: Any, y: Any) -> None:
+    """TypeError unless x and y are tensors; ValueError unless they hold one entry an example."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
+        raise ValueError(
+            "x and y must hold one entry an example, at least one, got shapes "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
+        )
+
+
 def check_nonnegative(name: str, value: Any) -> float:
     """The argument as a float; ValueError unless it is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:

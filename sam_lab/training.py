@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
-from sam_lab.objective import check_integer, check_nonnegative
+from sam_lab.objective import check_examples, check_integer, check_nonnegative
 from sam_lab.perturbations import Rule, sam
 from sam_lab.sam import SAM
 from sam_lab.state import RandomState, evaluating
@@ -218,7 +218,7 @@ class Training:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r:.80}")
-        _check_examples(x, y)
+        check_examples(x, y)
         functions = {"loss_fn": loss_fn, "schedule": schedule}
         if augment is not None:
             functions["augment"] = augment
@@ -412,9 +412,7 @@ class Training:
         self.history.append(
             {
                 "epoch": float(self.epoch),
-                "lr": float(self._lrs[0] * factor),
-                "rho": float(phase.rho),
-                "attacked": float(phase.attack is not None),
+                **self._described(phase, factor),
                 "loss": float(torch.stack(losses).mean()),
                 "passes": passes,
             }
@@ -422,10 +420,16 @@ class Training:
         self.epoch += 1
 
     def _course(self, epoch: int) -> dict[str, float]:
-        """Learning rate (of the first group) and phase of an epoch, as its history has them."""
-        phase, lr = self.phase(epoch), self._lrs[0] * self.schedule(epoch / self.epochs)
-        attacked = float(phase.attack is not None)
-        return {"lr": float(lr), "rho": float(phase.rho), "attacked": attacked}
+        """What an epoch trains with, as its history has it."""
+        return self._described(self.phase(epoch), self.schedule(epoch / self.epochs))
+
+    def _described(self, phase: Phase, factor: float) -> dict[str, float]:
+        """The learning rate is that of the first group."""
+        return {
+            "lr": float(self._lrs[0] * factor),
+            "rho": float(phase.rho),
+            "attacked": float(phase.attack is not None),
+        }
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         return self.loss_fn(self.model(x), y)
@@ -458,16 +462,6 @@ class Training:
     def _draws(self) -> dict[str, int]:
         """What the random numbers of an epoch depend on besides the epoch."""
         return {"seed": self.seed, "batch": self.batch, "examples": len(self.x)}
-
-
-def _check_examples(x: Tensor, y: Tensor) -> None:
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
-        raise ValueError(
-            "x and y must hold one entry an example, at least one, got shapes "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
-        )
 
 
 def _made(
@@ -585,7 +579,7 @@ def evaluate(
             at all.
     """
     check_integer("batch", batch, 1)
-    _check_examples(x, y)
+    check_examples(x, y)
     losses: list[tuple[Tensor, int]] = []  # read at the end, and float64 is not everywhere
     wrong = torch.zeros((), dtype=torch.int64, device=x.device)
     with evaluating(model):

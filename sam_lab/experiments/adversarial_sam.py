@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sam_lab import data
-from sam_lab.adversarial import AUTOATTACK, Threat, pgd, robust_accuracy
-from sam_lab.curvature import Hessian
-from sam_lab.experiments import late_adversarial
+from sam_lab.adversarial import Threat, pgd, robust_accuracy
+from sam_lab.experiments import late_adversarial, networks
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
 from sam_lab.experiments.robustness import input_gradient, two_judges
 from sam_lab.experiments.statistics import each_seed
@@ -50,7 +49,6 @@ __all__ = [
 WU = "Wu et al. 2020"
 HERE = "this book"
 
-JUDGES = AUTOATTACK[:2]  # those that use the gradient alone; the other two take most of the time
 WATCH = 10  # steps of the attack that measures gaps and chooses radii
 
 
@@ -160,13 +158,16 @@ def run(
         "train_error": (x, y),
     }
     attack = partial(pgd, threat=threat, steps=WATCH)
+
+    def sharpness(inputs: Tensor) -> float:
+        return float(networks.hessian(model, inputs, y).top(tol=task.tol).values[0])
+
     columns = two_judges(
         model,
         found.x_test,
         found.y_test,
         threat,
         judged=task.judged,
-        attacks=JUDGES,
         seed=seed,
     )
     columns |= {
@@ -175,23 +176,12 @@ def run(
     columns |= {
         "passes": training.history[-1]["passes"],
         "train_natural_error": evaluate(model, x, y)[1],
-        "sharpness": _sharpness(model, x, y, task.tol),
-        "sharpness_adversarial": _sharpness(model, attack(model, x, y), y, task.tol),
+        "sharpness": sharpness(x),
+        "sharpness_adversarial": sharpness(attack(model, x, y)),
         "input_gradient": input_gradient(model, x, y),
         "norm": float(global_norm(list(model.parameters()))),
     }
     return {name: [value] for name, value in columns.items()}
-
-
-def _sharpness(model: nn.Module, x: Tensor, y: Tensor, tol: float) -> float:
-    """The top eigenvalue of the Hessian of the cross-entropy, in evaluation mode."""
-    H = Hessian.over(
-        list(zip(x.split(1000), y.split(1000), strict=True)),
-        lambda x, y: nn.functional.cross_entropy(model(x), y),
-        list(model.parameters()),
-        model.eval(),
-    )
-    return float(H.top(tol=tol).values[0])
 
 
 # --- what the runs decide -------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from sam_lab import data, models
 from sam_lab.adversarial import (
-    AUTOATTACK,
     Attack,
     Threat,
     cross_entropy,
@@ -232,7 +231,6 @@ def run(
         found.y_test[few],
         threat,
         judged=config.judged,
-        attacks=AUTOATTACK[:2],
         seed=seed,
     )
     del judges["pgd_error_judged"]  # all are judged

@@ -41,11 +41,10 @@ import torch
 from torch import Tensor, nn
 
 from sam_lab import data
-from sam_lab.adversarial import Attack, Threat, autoattack, pgd
-from sam_lab.curvature import Hessian
+from sam_lab.adversarial import AUTOATTACK, Attack, Threat, autoattack, pgd, standing
 from sam_lab.experiments import networks
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.robustness import RESTARTS, STEPS, input_gradient
+from sam_lab.experiments.robustness import GRADIENT_ATTACKS, input_gradient, strong
 from sam_lab.experiments.statistics import each_seed
 from sam_lab.perturbations import global_norm, random_direction
 from sam_lab.state import evaluating
@@ -69,8 +68,7 @@ HERE = "this book"
 CONTROL = "control"
 
 FEW_STEPS = 10
-GRADIENT_ATTACKS = ("apgd-ce", "apgd-t")
-OTHER_ATTACKS = ("fab-t", "square")
+OTHER_ATTACKS = AUTOATTACK[len(GRADIENT_ATTACKS) :]
 
 SGD: dict[str, Any] = {"method": "sgd", "rho": 0.0, "share": 1.0}
 METHODS = ("sgd", "sam", "blind", "decay", "adversarial")
@@ -255,21 +253,9 @@ def prepare(
 # --- what is measured -----------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def stands(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, batch: int = 1000) -> Tensor:
-    """Which examples (N, ...) are classified rightly, and still are under an attack: (N,), bool.
-
-    As `adversarial.robust_accuracy`, whose second number is the mean of this.
-    """
-    found = []
-    with evaluating(model):
-        for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
-            right = model(inputs).argmax(1) == labels
-            if right.any():
-                attacked = attack(model, inputs[right], labels[right])
-                right[right.clone()] = model(attacked).argmax(1) == labels[right]
-            found.append(right)
-    return torch.cat(found)
+def stands(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> Tensor:
+    """Which examples (N, ...) are classified rightly, and still are under an attack: (N,), bool."""
+    return standing(model, x, y, attack)[1]
 
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -425,7 +411,7 @@ def run(
         "train_error": [train_error],
         "test_loss": [test_loss],
         "natural_error": [natural_error],
-        "input_gradient": [_input_gradient(model, x, y)],
+        "input_gradient": [input_gradient(model, x, y)],
         "margin": [float(margins[here.right].median())],
         "distance": [float(distances[here.right].median())],
         "norm": [float(global_norm(list(model.parameters())))],
@@ -443,11 +429,6 @@ def _doubted(config: Config) -> list[dict[str, Any]]:
     return [SGD, {**SGD, "method": "sam", "rho": config.rho}]
 
 
-def _input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    parts = list(zip(x.split(1000), y.split(1000), strict=True))
-    return sum(len(a) * input_gradient(model, a, b) for a, b in parts) / len(x)
-
-
 def _distances(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     parts = zip(x.split(1000), y.split(1000), strict=True)
     found = [first_order_distance(model, inputs, labels) for inputs, labels in parts]
@@ -457,14 +438,8 @@ def _distances(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sharpness(training: Training, config: Config) -> float:
     """The top eigenvalue of the Hessian over the measured examples, in evaluation mode."""
-    parts = [t[: config.measured].split(1000) for t in (training.x, training.y)]
-    model = training.model.eval()
-    found = Hessian.over(
-        list(zip(*parts, strict=True)),
-        lambda x, y: nn.functional.cross_entropy(model(x), y),
-        list(model.parameters()),
-        model,
-    )
+    few = slice(config.measured)
+    found = networks.hessian(training.model, training.x[few], training.y[few])
     return float(found.top(tol=config.tol).values[0])
 
 
@@ -498,7 +473,7 @@ def _on_judged(sgd: _Trained, here: _Trained, config: Config) -> dict[str, list[
     }
     threats = [Threat("linf", eps) for eps in config.judged_eps]
     for name, attacks in (
-        ("pgd_error_judged", [_strong(threat) for threat in threats]),
+        ("pgd_error_judged", [strong(threat) for threat in threats]),
         (
             "few_steps_error_judged",
             [partial(pgd, threat=threat, steps=FEW_STEPS) for threat in threats],
@@ -506,11 +481,6 @@ def _on_judged(sgd: _Trained, here: _Trained, config: Config) -> dict[str, list[
     ):
         columns[name] = [_error(stands(model, x, y, attack)) for attack in attacks]
     return columns
-
-
-def _strong(threat: Threat) -> Attack:
-    """PGD with many steps and restarts."""
-    return partial(pgd, threat=threat, steps=STEPS, restarts=RESTARTS)
 
 
 _ON_DOUBTED = ("doubted_pgd_error", "square_error", "doubted_autoattack_error", "whole_error")
@@ -534,11 +504,11 @@ def _on_doubted(
     euclidean = Threat("l2", config.l2_eps)
     judged = here.found.x_test[: config.judged], here.found.y_test[: config.judged]
     standing = (
-        stands(model, x, y, _strong(threat)),
+        stands(model, x, y, strong(threat)),
         stands(model, x, y, partial(judge, attacks=("square",))),
         here.survives[0][few],
         whole,
-        stands(model, *judged, _strong(euclidean)),
+        stands(model, *judged, strong(euclidean)),
         _judged(model, here.found, config, euclidean, GRADIENT_ATTACKS, seed),
     )
     names = (*_ON_DOUBTED, *_IN_L2)

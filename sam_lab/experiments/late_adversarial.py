@@ -21,25 +21,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from sam_lab import data
 from sam_lab.adversarial import AUTOATTACK, Threat, autoattack, pgd, robust_accuracy
-from sam_lab.curvature import Hessian
 from sam_lab.experiments import networks
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.robustness import input_gradient, two_judges
+from sam_lab.experiments.robustness import GRADIENT_ATTACKS, input_gradient, two_judges
 from sam_lab.experiments.statistics import each_seed
-from sam_lab.experiments.switching import SCHEDULES, base, branches, ends, reached, summed_lr
+from sam_lab.experiments.switching import (
+    SCHEDULES,
+    base,
+    branches,
+    ends,
+    off_the_clock,
+    reached,
+    summed_lr,
+)
 from sam_lab.training import Phase, Training, crop_and_flip, evaluate
 
 __all__ = ["DESKTOP", "EXPERIMENT", "LAPTOP", "PAPER", "Config", "attack", "prepare", "run"]
 
 ZHOU = "Zhou et al. 2025, carried over to adversarial training"
 HERE = "this book"
-
-
-JUDGES = AUTOATTACK[:2]
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def run(
     if config.checked:  # the last run was attacked throughout
         x, y = found.x_test[: config.checked], found.y_test[: config.checked]
         judge = partial(autoattack, threat=Threat("linf", config.eps), seed=seed)
-        for name, attacks in {"checked_error": AUTOATTACK, "checked_error_by_two": JUDGES}.items():
+        judges = {"checked_error": AUTOATTACK, "checked_error_by_two": GRADIENT_ATTACKS}
+        for name, attacks in judges.items():
             robust = robust_accuracy(end.model, x, y, partial(judge, attacks=attacks))[1]
             columns[name] = [1 - robust]
     return columns
@@ -165,15 +169,9 @@ def _end(training: Training, found: data.Dataset, config: Config, seed: int) -> 
         found.y_test,
         Threat("linf", config.eps),
         judged=config.judged,
-        attacks=JUDGES,
         seed=seed,
     )
-    H = Hessian.over(
-        list(zip(x.split(1000), y.split(1000), strict=True)),
-        lambda x, y: nn.functional.cross_entropy(model(x), y),
-        list(model.parameters()),
-        model.eval(),
-    )
+    H = networks.hessian(model, x, y)
     return {
         "passes": training.history[-1]["passes"],
         **judges,
@@ -197,17 +195,11 @@ def _clock(result: Result) -> list[float]:
     Raises:
         ValueError: there is no other schedule with a late phase of a length to compare.
     """
-    sums, errors = summed_lr(result, "autoattack_error", schedule="constant")
-    found: list[list[float]] = [[] for _ in result.seeds]
-    for schedule in {setting["schedule"] for setting in result.settings} - {"constant"}:
-        other_sums, other = summed_lr(result, "autoattack_error", schedule=schedule)
-        shared = (sums.min() <= other_sums) & (other_sums <= sums.max())
-        for seed, (one, two) in enumerate(zip(errors, other[:, shared], strict=True)):
-            expected = np.interp(np.log(other_sums[shared]), np.log(sums), one)
-            found[seed] += (100 * (two - expected)).tolist()
-    if not any(found):
-        raise ValueError("no schedule has a late phase as long as one at the constant rate")
-    return [float(np.mean(points)) for points in found]
+
+    def course(schedule: str) -> tuple[np.ndarray, np.ndarray]:
+        return summed_lr(result, "autoattack_error", schedule=schedule)
+
+    return [100 * float(np.mean(found)) for found in off_the_clock(result, course)]
 
 
 def _claims(schedule: str) -> list[Claim]:

@@ -28,7 +28,15 @@ from sam_lab.curvature import Hessian
 from sam_lab.experiments import networks
 from sam_lab.experiments.core import Claim, Criterion, Result, Run
 from sam_lab.experiments.statistics import each_seed, farthest_from_one
-from sam_lab.experiments.switching import SCHEDULES, base, branches, ends, reached, summed_lr
+from sam_lab.experiments.switching import (
+    SCHEDULES,
+    base,
+    branches,
+    ends,
+    off_the_clock,
+    reached,
+    summed_lr,
+)
 from sam_lab.perturbations import global_norm
 from sam_lab.training import LossFn, Phase, Training, crop_and_flip, evaluate
 
@@ -195,14 +203,9 @@ def hessian(training: Training, config: Config, loss_fn: LossFn | None = None) -
     Args:
         loss_fn: ``loss_fn(outputs, labels)``; that of training unless given.
     """
-    loss_fn = training.loss_fn if loss_fn is None else loss_fn
-    parts = [t[: config.measured].split(1000) for t in (training.x, training.y)]
-    model = training.model.eval()
-    return Hessian.over(
-        list(zip(*parts, strict=True)),
-        lambda x, y: loss_fn(model(x), y),
-        list(model.parameters()),
-        model,
+    few = slice(config.measured)
+    return networks.hessian(
+        training.model, training.x[few], training.y[few], loss_fn or training.loss_fn
     )
 
 
@@ -461,15 +464,12 @@ def fallen(result: Result, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _clock(result: Result) -> list[float]:
     """Late SAM's fall under the other schedules, over that at the constant rate in equal time."""
-    sums, ratio = fallen(result, schedule="constant")
-    ratios: list[list[float]] = [[] for _ in result.seeds]
-    for schedule in {setting["schedule"] for setting in result.settings} - {"constant"}:
-        other_sums, other_ratio = fallen(result, schedule=schedule)
-        shared = (sums.min() <= other_sums) & (other_sums <= sums.max())
-        for seed, (one, other) in enumerate(zip(ratio, other_ratio[:, shared], strict=True)):
-            expected = np.exp(np.interp(np.log(other_sums[shared]), np.log(sums), np.log(one)))
-            ratios[seed] += (other / expected).tolist()
-    return [farthest_from_one(found) for found in ratios]
+
+    def course(schedule: str) -> tuple[np.ndarray, np.ndarray]:
+        sums, ratio = fallen(result, schedule=schedule)
+        return sums, np.log(ratio)
+
+    return [farthest_from_one(np.exp(found)) for found in off_the_clock(result, course)]
 
 
 def _dropped(result: Result, seed: int) -> Run:

@@ -1,15 +1,18 @@
-"""The networks that the experiments on images train, as their configs describe them."""
+"""The networks that the experiments on images train, as their configs describe them, and their
+Hessian."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sam_lab import data, models
+from sam_lab.curvature import Hessian
+from sam_lab.training import LossFn
 
-__all__ = ["Hidden", "Wide", "build", "normalized", "wide_resnet"]
+__all__ = ["Hidden", "Wide", "build", "hessian", "normalized", "wide_resnet"]
 
 
 class Wide(Protocol):
@@ -62,3 +65,17 @@ def normalized(net: nn.Module, found: data.Dataset) -> nn.Sequential:
     takes pixels."""
     std, mean = torch.std_mean(found.x, (0, 2, 3))
     return nn.Sequential(models.Normalize(mean.tolist(), std.tolist()).to(found.x.device), net)
+
+
+def hessian(
+    model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn = nn.functional.cross_entropy
+) -> Hessian:
+    """The Hessian of the mean loss over examples (N, ...) with labels (N,), in the model's
+    parameters; puts the model into evaluation mode."""
+    model.eval()
+    return Hessian.over(
+        list(zip(x.split(1000), y.split(1000), strict=True)),
+        lambda x, y: loss_fn(model(x), y),
+        list(model.parameters()),
+        model,
+    )

@@ -34,6 +34,7 @@ from sam_lab.experiments import adversarial_sam, late_adversarial
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
 from sam_lab.experiments.robustness import two_judges
 from sam_lab.experiments.statistics import each_seed
+from sam_lab.experiments.switching import base
 from sam_lab.training import Training, steps
 
 __all__ = ["Config", "curves", "prepare", "rise", "run", "settings"]
@@ -172,17 +173,11 @@ def _judged(model: nn.Module, found: data.Dataset, config: Config, seed: int) ->
         found.y_test,
         Threat("linf", task.eps),
         judged=task.judged,
-        attacks=adversarial_sam.JUDGES,
         seed=seed,
     )
 
 
 # --- what the runs decide -------------------------------------------------------------------------
-
-
-def base(result: Result, seed: int, **changed: Any) -> Run:
-    """Adversarial training, or the run that differs from it in this."""
-    return result.select(seed=seed, **{**result.settings[0], **changed})[0]
 
 
 def curves(result: Result, name: str, **changed: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -8,31 +8,29 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sam_lab.adversarial import AUTOATTACK, Threat, autoattack, cross_entropy, pgd, robust_accuracy
+from sam_lab.adversarial import (
+    AUTOATTACK,
+    Attack,
+    Threat,
+    autoattack,
+    cross_entropy,
+    pgd,
+    robust_accuracy,
+)
 from sam_lab.state import evaluating
 
-__all__ = ["input_gradient", "pgd_errors", "two_judges"]
+__all__ = ["GRADIENT_ATTACKS", "input_gradient", "strong", "two_judges"]
 
 STEPS = 50
 RESTARTS = 5
 
+GRADIENT_ATTACKS = AUTOATTACK[:2]
+"""Those of AutoAttack that use the gradient and nothing else; the rest take most of the time."""
 
-def pgd_errors(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threats: Sequence[Threat],
-    *,
-    steps: int = STEPS,
-    restarts: int = RESTARTS,
-) -> list[float]:
-    """Share of examples (N, ...) that are wrong under PGD, for each threat."""
-    return [
-        1 - robust_accuracy(model, x, y, partial(pgd, threat=t, steps=steps, restarts=restarts))[1]
-        if t.eps
-        else 1 - robust_accuracy(model, x, y, lambda model, x, y: x)[1]
-        for t in threats
-    ]
+
+def strong(threat: Threat) -> Attack:
+    """PGD with many steps and restarts."""
+    return partial(pgd, threat=threat, steps=STEPS, restarts=RESTARTS)
 
 
 def two_judges(
@@ -42,27 +40,28 @@ def two_judges(
     threat: Threat,
     *,
     judged: int,
-    attacks: Sequence[str] = AUTOATTACK,
+    attacks: Sequence[str] = GRADIENT_ATTACKS,
     seed: int = 0,
 ) -> dict[str, float]:
     """Share of errors by PGD on all examples, and by both judges on the first `judged`.
 
     Args:
         model: ``model(x)`` gives logits; x are images (N, C, H, W) in [0, 1].
-        attacks: those of AutoAttack that are run; all of them unless given.
+        attacks: those of AutoAttack that are run.
 
     Returns:
         `natural_error` and `pgd_error` on all N; `pgd_error_judged` and `autoattack_error` on the
         first `judged`. The last is the one to believe.
     """
     few = slice(judged)
-    attack = partial(pgd, threat=threat, steps=STEPS, restarts=RESTARTS)
+    attack = strong(threat)
     natural, robust = robust_accuracy(model, x, y, attack)
     found = {"natural_error": 1 - natural, "pgd_error": 1 - robust}
-    for name, judge in {
+    judges: dict[str, Attack] = {
         "pgd_error_judged": attack,
         "autoattack_error": partial(autoattack, threat=threat, attacks=attacks, seed=seed),
-    }.items():
+    }
+    for name, judge in judges.items():
         found[name] = 1 - robust_accuracy(model, x[few], y[few], judge)[1]
     return found
 
@@ -73,8 +72,11 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, norm: str = "linf") -
     What an attack of small eps gains, over eps: the sum of the gradient's absolute values for
     "linf", its Euclidean norm for "l2".
     """
-    with evaluating(model), torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(cross_entropy(model(x), y).sum(), x)
     order = {"linf": 1, "l2": 2}[norm]
-    return float(torch.linalg.vector_norm(grad.flatten(1), order, dim=1).mean())
+    total = 0.0
+    with evaluating(model), torch.enable_grad():
+        for inputs, labels in zip(x.split(1000), y.split(1000), strict=True):
+            inputs = inputs.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(cross_entropy(model(inputs), labels).sum(), inputs)
+            total += float(torch.linalg.vector_norm(grad.flatten(1), order, dim=1).sum())
+    return total / len(x)

@@ -16,7 +16,16 @@ import numpy as np
 from sam_lab.experiments.core import Result, Run
 from sam_lab.training import Phase, Schedule, Training, constant, early, late, steps
 
-__all__ = ["SCHEDULES", "against_share", "base", "branches", "ends", "reached", "summed_lr"]
+__all__ = [
+    "SCHEDULES",
+    "against_share",
+    "base",
+    "branches",
+    "ends",
+    "off_the_clock",
+    "reached",
+    "summed_lr",
+]
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
@@ -180,3 +189,31 @@ def summed_lr(result: Result, name: str, **changed: Any) -> tuple[np.ndarray, np
     sums = np.array([rates[int(at) :].sum() for at in on[chosen]])
     order = np.argsort(sums)
     return sums[order], np.array([run[name][chosen][order] for run in runs])
+
+
+def off_the_clock(
+    result: Result, course: Callable[[str], tuple[np.ndarray, np.ndarray]]
+) -> list[np.ndarray]:
+    """How far other schedules lie above the constant one after equal summed learning rates.
+
+    Args:
+        course: gives summed learning rates (T,), ascending, and values (seeds, T) of a schedule.
+
+    Returns:
+        For each seed, the difference at every late switch of another schedule whose sum the
+        constant one has reached too; values are interpolated in the logarithm of the sum.
+
+    Raises:
+        ValueError: there is no such switch.
+    """
+    sums, values = course("constant")
+    found: list[list[float]] = [[] for _ in result.seeds]
+    for schedule in {setting["schedule"] for setting in result.settings} - {"constant"}:
+        other_sums, other = course(schedule)
+        shared = (sums.min() <= other_sums) & (other_sums <= sums.max())
+        for seed, (one, two) in enumerate(zip(values, other[:, shared], strict=True)):
+            expected = np.interp(np.log(other_sums[shared]), np.log(sums), one)
+            found[seed] += (two - expected).tolist()
+    if not any(found):
+        raise ValueError("no schedule has a late phase as long as one at the constant rate")
+    return [np.array(differences) for differences in found]
