@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_lab import data, models
-from sam_lab.experiments import at_the_edge
-from sam_lab.experiments.core import Experiment
+from sam_lab.experiments.lab.experiment import Experiment
+from sam_lab.experiments.sam import at_the_edge
 
 
 @dataclass(frozen=True)
@@ -114,5 +114,5 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
     settings=at_the_edge.grid,
     run=run,
-    claims=at_the_edge.claims(),
+    claims=at_the_edge.CLAIMS,
 )

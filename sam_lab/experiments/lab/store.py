@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from sam_lab.experiments.result import (
+from sam_lab.experiments.lab.result import (
     ResultError,
     Run,
+    Setting,
     pack_run,
     plain,
     seal,
@@ -81,7 +82,7 @@ class Store:
                 scratch.unlink(missing_ok=True)
         return self
 
-    def get(self, settings: dict[str, Any], seed: int) -> tuple[Run, float] | None:
+    def get(self, settings: Setting, seed: int) -> tuple[Run, float] | None:
         """The finished run and its seconds, or None when there is none that may be used."""
         path = self._path(settings, seed)
         try:
@@ -124,7 +125,7 @@ class Store:
         self._lock.close()
         self._lock = None
 
-    def _path(self, settings: dict[str, Any], seed: int) -> Path:
+    def _path(self, settings: Setting, seed: int) -> Path:
         text = json.dumps(plain(settings, "settings"), sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.seed{seed}.json"
 

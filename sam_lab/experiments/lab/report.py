@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sam_lab.experiments.claims import Claim, Table, Verdict
-from sam_lab.experiments.core import SCALES, Experiment, broken, config_dict, get, names
-from sam_lab.experiments.result import Result, ResultError
+from sam_lab.experiments.lab.claims import KINDS, Claim, Verdict
+from sam_lab.experiments.lab.experiment import SCALES, Experiment, config_dict
+from sam_lab.experiments.lab.registry import broken, get, names
+from sam_lab.experiments.lab.result import Result, ResultError, command
+from sam_lab.experiments.lab.table import Table
+
+__all__ = ["Ledger", "ledger", "side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,45 @@ class Ledger:
     out: str = "book/results"
 
     def tables(self) -> list[tuple[str, Table]]:
-        """For each experiment its title and its claims, one row a claim, one column a scale."""
+        """For each experiment its title and its claims, one row a claim, one column a scale.
+
+        A headline's statement is bold. *Kind* is that of the source, and *Set* says whether the
+        criterion was set before or after the first data: see `legend`.
+        """
         grouped: dict[str, list[list[str]]] = {}
         headers: dict[str, list[str]] = {}
         for experiment, claim, verdicts in self.entries:
-            cells = [_found(verdict) for verdict in verdicts.values()]
-            words = f"{claim.criterion} {claim.unit}".rstrip()
             grouped.setdefault(experiment.title, []).append(
-                [claim.statement, claim.source, words, *cells]
+                [
+                    f"**{claim.statement}**" if claim.headline else claim.statement,
+                    claim.source.text,
+                    claim.source.kind,
+                    claim.criterion_in_words,
+                    "after" if claim.set_after else "before",
+                    *(_found(verdict) for verdict in verdicts.values()),
+                ]
             )
             scales = [scale.capitalize() for scale in verdicts]
-            headers[experiment.title] = ["Statement", "Source", "Criterion", *scales]
+            headers[experiment.title] = [
+                *("Statement", "Source", "Kind", "Criterion", "Set"),
+                *scales,
+            ]
         return [(title, Table(headers[title], rows)) for title, rows in grouped.items()]
+
+    def legend(self) -> str:
+        """What the columns *Kind* and *Set* and bold statements mean."""
+        kinds = "; ".join(f"*{kind}*: {meaning}" for kind, meaning in KINDS.items())
+        return (
+            f"**Kind** says how far a statement may be charged to its source. {kinds}.\n\n"
+            "**Set** says whether the criterion was set before or after the first data were seen. "
+            "A statement in bold is a headline of its chapter. A cell gives the mean over seeds, "
+            "its 95% interval, the number of seeds, and the verdict."
+        )
 
     def notes(self) -> list[str]:
         """Files that could not be used, and the commands for results that are missing."""
         missing = [
-            experiment.command(scale, out=self.out)
+            command(experiment.name, scale, out=self.out)
             for experiment, _, verdicts in self.entries
             for scale, verdict in verdicts.items()
             if verdict is None
@@ -58,7 +84,7 @@ class Ledger:
 
     def _repr_markdown_(self) -> str:
         parts = [f"**{title}**\n\n{table._repr_markdown_()}" for title, table in self.tables()]
-        return "\n\n".join([*parts, *self.notes()])
+        return "\n\n".join([self.legend(), *parts, *self.notes()])
 
     def __str__(self) -> str:
         parts = [f"{title}\n\n{table}" for title, table in self.tables()]
@@ -88,10 +114,10 @@ def side_by_side(results: Mapping[str, Result]) -> Table:
     judged: dict[str, dict[str, Verdict]] = {}
     for name, result in results.items():
         verdicts = get(result.experiment).judge(result)
-        judged[name] = {verdict.id: verdict for verdict in verdicts}
-        for verdict in verdicts:
-            words = f"{verdict.statement} (criterion: {verdict.criterion_in_words})"
-            statements.setdefault(verdict.id, words)
+        judged[name] = {verdict.claim.id: verdict for verdict in verdicts}
+        for claim in (verdict.claim for verdict in verdicts):
+            words = f"{claim.statement} (criterion: {claim.criterion_in_words})"
+            statements.setdefault(claim.id, words)
     rows = [
         [words, *(_briefly(found[id]) if id in found else "" for found in judged.values())]
         for id, words in statements.items()
@@ -134,4 +160,4 @@ def _judge(experiment: Experiment, scale: str, path: Path) -> dict[str, Verdict]
         raise ResultError(f"{path.name}: holds {result.experiment} at scale {result.scale}")
     if result.config != config_dict(experiment.presets[scale]):
         raise ResultError(f"{path.name}: made with another config than the preset's; run it again")
-    return {verdict.id: verdict for verdict in experiment.judge(result)}
+    return {verdict.claim.id: verdict for verdict in experiment.judge(result)}

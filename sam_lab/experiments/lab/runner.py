@@ -1,23 +1,15 @@
-"""Experiments: what one is, how they are found, and how one is run.
-
-An experiment is one module of this package with one constant ``EXPERIMENT``, named as the module.
-Adding one touches no other file.
-"""
+"""Running an experiment: every setting with every seed, interrupted and taken up again at will."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib
 import inspect
 import os
-import pkgutil
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -26,153 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sam_lab.experiments.claims import Claim, ClaimError, Criterion, Verdict
-from sam_lab.experiments.progress import Progress
-from sam_lab.experiments.result import Result, ResultError, Run, plain
-from sam_lab.experiments.store import Busy, Store
+from sam_lab.experiments.lab.experiment import Cell, Experiment, check_config, config_dict
+from sam_lab.experiments.lab.progress import Progress
+from sam_lab.experiments.lab.registry import ExperimentError, get
+from sam_lab.experiments.lab.result import Result, ResultError, Run, Setting, command, plain
+from sam_lab.experiments.lab.store import Store
 
-__all__ = [
-    "Busy",
-    "Claim",
-    "ClaimError",
-    "Criterion",
-    "Experiment",
-    "ExperimentError",
-    "Result",
-    "ResultError",
-    "Run",
-    "Verdict",
-    "broken",
-    "get",
-    "names",
-    "run",
-]
-
-REQUIRED = ("laptop", "paper")
-SCALES = ("laptop", "desktop", "paper")
-"""The presets that the ledger sets side by side, from small to large: minutes on two CPU cores; the
-largest run on the papers' own data that two cores finish in about an hour; the papers' own scale.
-"""
-
-
-class ExperimentError(ValueError):
-    """An experiment that does not exist, or was asked for something that it cannot do."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One claim or figure of a paper, as code that decides it.
-
-    Args:
-        name: name of its module.
-        title: one line for a reader.
-        source: paper, figure or section.
-        presets: a frozen dataclass instance for ``"laptop"`` (minutes on two cores) and one for
-            ``"paper"``, and for ``"desktop"`` where there is something between (see `SCALES`);
-            more presets are allowed.
-        settings: ``settings(config)`` lists what is compared, each a dict such as ``{"lr": 0.1}``.
-        run: ``run(config, setting, seed, device, progress)`` measures one setting with one seed and
-            returns columns, ``{"loss": [...], ...}``; ``progress(done, total)`` may be called along
-            the way. All randomness comes from ``seed``.
-        claims: what the runs decide.
-
-    Raises:
-        ValueError, TypeError: when a part is missing or of the wrong kind.
-    """
-
-    name: str
-    title: str
-    source: str
-    presets: Mapping[str, Any]
-    settings: Callable[[Any], list[dict[str, Any]]] = field(repr=False)
-    run: Callable[..., Mapping[str, Any]] = field(repr=False)
-    claims: Sequence[Claim] = ()
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise ValueError(f"experiment name must be a module name, got {self.name!r}")
-        missing = [scale for scale in REQUIRED if scale not in self.presets]
-        if missing:
-            raise ValueError(f"experiment {self.name!r} needs a preset {missing[0]!r}")
-        for scale, config in self.presets.items():
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", scale):
-                raise ValueError(f"experiment {self.name!r}: a preset cannot be called {scale!r}")
-            _check_config(config, f"experiment {self.name!r}, preset {scale!r}")
-        ids = [claim.id for claim in self.claims]
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"experiment {self.name!r}: claim ids must differ, got {ids}")
-
-    def judge(self, result: Result) -> list[Verdict]:
-        """The verdicts that ``result``'s runs give on the claims as they stand now.
-
-        A claim whose statistic breaks its contract is inconclusive here, with the reason.
-        """
-        verdicts = []
-        for claim in self.claims:
-            try:
-                verdicts.append(claim.judge(result))
-            except ClaimError as error:
-                verdicts.append(claim.undecided(str(error)))
-        return verdicts
-
-    def command(self, scale: str, seeds: Iterable[int] = (0, 1, 2), out: str = "") -> str:
-        """The command line that makes the result of a preset, in the folder ``out`` if given."""
-        seeds = list(seeds)
-        chosen = str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds))
-        line = f"python -m sam_lab.experiments run {self.name} --scale {scale} --seeds {chosen}"
-        return f"{line} --out {out}" if out else line
-
-
-# --- the registry --------------------------------------------------------------------------------
-
-
-def names() -> list[str]:
-    """Names of the experiments that can be imported."""
-    return sorted(_registry()[0])
-
-
-def broken() -> dict[str, str]:
-    """Experiments whose module cannot be imported, and why."""
-    return _registry()[1]
-
-
-def get(name: str) -> Experiment:
-    """The experiment of this name.
-
-    Raises:
-        ExperimentError: when there is none, or when its module cannot be imported.
-    """
-    found, failed = _registry()
-    if name in found:
-        return found[name]
-    if name in failed:
-        raise ExperimentError(f"experiment {name!r} cannot be imported: {failed[name]}")
-    raise ExperimentError(f"no experiment {name!r}; there are {', '.join(sorted(found)) or 'none'}")
-
-
-def _registry() -> tuple[dict[str, Experiment], dict[str, str]]:
-    package = importlib.import_module("sam_lab.experiments")
-    found: dict[str, Experiment] = {}
-    failed: dict[str, str] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name.startswith("_"):
-            continue
-        try:
-            imported = importlib.import_module(f"{package.__name__}.{module.name}")
-            experiment = getattr(imported, "EXPERIMENT", None)
-            if experiment is None:
-                continue
-            if not isinstance(experiment, Experiment):
-                raise TypeError(f"EXPERIMENT must be an Experiment, got {experiment!r:.100}")
-            if experiment.name != module.name:
-                raise ValueError(f"its name is {experiment.name!r}, which is not its module's")
-            found[module.name] = experiment
-        except Exception as error:  # one experiment that is broken must not hide the others
-            failed[module.name] = f"{type(error).__name__}: {error}"
-    return found, failed
-
-
-# --- running -------------------------------------------------------------------------------------
+__all__ = ["check_overwrite", "run"]
 
 
 def run(
@@ -183,7 +35,7 @@ def run(
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
-    """Run every setting of an experiment with every seed and judge its claims.
+    """Run every setting of an experiment with every seed.
 
     Args:
         experiment: an :class:`Experiment` or its name.
@@ -200,10 +52,8 @@ def run(
 
     Raises:
         ExperimentError: unknown name or scale, config of another class, bad seeds or device,
-            ``out`` that cannot be written.
+            ``out`` that cannot be written, or whose file has seeds that are not asked for.
         Busy: another process runs the same experiment into the same folder.
-        ClaimError: a statistic does not give one number per seed. With ``out``, the file stands
-            nevertheless, that claim inconclusive.
         KeyboardInterrupt: on Ctrl-C; with ``out``, its message says what is kept.
     """
     chosen = get(experiment) if isinstance(experiment, str) else experiment
@@ -215,6 +65,8 @@ def run(
 
     store = None
     if out is not None:
+        target = Path(out) / f"{chosen.name}.{label}.json"
+        check_overwrite(target, seed_list)
         store = Store(Path(out), f"{chosen.name}.{label}", _key(chosen, config, place))
         try:
             store.open()
@@ -237,10 +89,9 @@ def run(
             runs.append(kept[0])
             seconds += kept[1]
         origin = _provenance(chosen, label, seed_list, place, seconds)
-        result = Result(chosen.name, label, config_dict(config), runs, [], origin)
-        result = dataclasses.replace(result, claims=chosen.judge(result))
+        result = Result(chosen.name, label, config_dict(config), runs, [origin])
         if store:
-            result.save(Path(out or ".") / f"{chosen.name}.{label}.json")
+            result.save(target)
             store.clear()
     except KeyboardInterrupt:
         message = f"stopped after {len(runs)} of {len(tasks)} runs"
@@ -251,15 +102,27 @@ def run(
         bar.close()
         if store:
             store.close()
-    for claim in chosen.claims:
-        claim.judge(result)  # a broken statistic is an error, but only once the runs are safe
     return result
+
+
+def check_overwrite(path: Path, seeds: Iterable[int]) -> None:
+    """ExperimentError where the result at ``path`` has seeds that ``seeds`` would not replace."""
+    try:
+        there = Result.load(path).seeds
+    except (ResultError, OSError):  # nothing there, or nothing that could be lost
+        return
+    lost = sorted(set(there) - set(seeds))
+    if lost:
+        raise ExperimentError(
+            f"{path} has seed {', '.join(map(str, lost))}, which would be lost: write to another "
+            "folder and merge the two, or remove the file"
+        )
 
 
 def _measure(
     experiment: Experiment,
     config: Any,
-    setting: dict[str, Any],
+    setting: Setting,
     seed: int,
     device: torch.device,
     bar: Progress,
@@ -267,7 +130,7 @@ def _measure(
     bar.start(_task(setting, seed))
     start = time.perf_counter()
     try:
-        columns = experiment.run(config, dict(setting), seed, device, bar.update)
+        columns = experiment.run(config, Cell(dict(setting), seed, device, bar.update))
         return Run(setting, seed, columns), time.perf_counter() - start  # type: ignore[arg-type]
     except Exception as error:
         error.add_note(f"in experiment {experiment.name!r}, {_task(setting, seed)}")
@@ -287,7 +150,7 @@ def _resolve_scale(experiment: Experiment, scale: Any) -> tuple[Any, str]:
         raise ExperimentError(
             f"scale must be a preset's name or a {expected.__name__}, got {scale!r:.100}"
         )
-    _check_config(scale, "scale")
+    check_config(scale, "scale")
     for label, preset in experiment.presets.items():
         if scale == preset:
             return scale, label
@@ -322,7 +185,7 @@ def _resolve_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _resolve_settings(experiment: Experiment, config: Any) -> list[dict[str, Any]]:
+def _resolve_settings(experiment: Experiment, config: Any) -> list[Setting]:
     settings = [plain(setting, "settings") for setting in experiment.settings(config)]
     if not settings or not all(isinstance(setting, dict) for setting in settings):
         raise ExperimentError(f"experiment {experiment.name!r}: settings(config) must list dicts")
@@ -331,20 +194,7 @@ def _resolve_settings(experiment: Experiment, config: Any) -> list[dict[str, Any
     return settings
 
 
-def _check_config(config: Any, where: str) -> None:
-    if isinstance(config, type) or not dataclasses.is_dataclass(config):
-        raise TypeError(f"{where} must be an instance of a dataclass, got {config!r:.100}")
-    if not getattr(type(config), "__dataclass_params__").frozen:  # noqa: B009 (typeshed omits it)
-        raise TypeError(f"{where}: {type(config).__name__} must be a frozen dataclass")
-    config_dict(config)
-
-
-def config_dict(config: Any) -> dict[str, Any]:
-    """The config as a result file holds it."""
-    return plain(dataclasses.asdict(config), type(config).__name__)
-
-
-def _task(setting: dict[str, Any], seed: int) -> str:
+def _task(setting: Setting, seed: int) -> str:
     return ", ".join(filter(None, [Run(setting, seed, {}).label, f"seed={seed}"]))
 
 
@@ -363,7 +213,7 @@ def _key(experiment: Experiment, config: Any, device: torch.device) -> str:
 
 @cache
 def _library_digest() -> str:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
@@ -389,15 +239,16 @@ def _provenance(
     import sam_lab
 
     # The canonical command, not sys.argv: it can be repeated anywhere and holds no local path.
-    command = f'sam_lab.experiments.run("{experiment.name}", config, seeds={seeds})'
+    call = f'sam_lab.experiments.run("{experiment.name}", config, seeds={seeds})'
     return {
+        "seeds": seeds,
         "sam_lab": sam_lab.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
-        "command": experiment.command(label, seeds) if label in experiment.presets else command,
+        "command": command(experiment.name, label, seeds) if label in experiment.presets else call,
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from sam_lab.experiments.core import Result, Run
+from sam_lab.experiments.lab.result import Result, Run, SeedRuns
 from sam_lab.training import Phase, Schedule, Training, constant, early, late, steps
 
 __all__ = [
     "SCHEDULES",
     "against_share",
-    "base",
     "branches",
     "ends",
     "off_the_clock",
@@ -41,7 +40,7 @@ def branches(
     late_at: tuple[float, ...],
     early_at: tuple[float, ...],
     how: dict[str, Any],
-    progress: Callable[[int, int], None],
+    tick: Callable[[int, int], None],
 ) -> Iterator[tuple[dict[str, float], Training | None, Training]]:
     """Train all runs of one setting.
 
@@ -50,7 +49,7 @@ def branches(
         late_at, early_at: at which share of the epochs runs switch to what is studied, or away
             from it.
         how: what is studied, as `training.late` takes it.
-        progress: told how many epochs are done, and of how many.
+        tick: told how many epochs are done, and of how many.
 
     Yields:
         For each run, `switched_on` and `switched_off`: what is studied ran in the epochs
@@ -68,19 +67,19 @@ def branches(
     total = 2 * epochs + sum(epochs - at for times in switches.values() for at in times)
     done = 0
 
-    def tick() -> None:
+    def on_epoch() -> None:
         nonlocal done
         done += 1
-        progress(done, total)
+        tick(done, total)
 
     # a switch at the end is no switch: SGD throughout, and the other throughout
     for switch_at, times in switches.items():
         trunk = start.branch(switch_at(epochs, epochs, **how))
         for at in times:
-            trunk.run(at, on_epoch=tick)
-            end = trunk.branch(switch_at(at, epochs, **how)).run(on_epoch=tick)
+            trunk.run(at, on_epoch=on_epoch)
+            end = trunk.branch(switch_at(at, epochs, **how)).run(on_epoch=on_epoch)
             yield _interval(end), trunk, end
-        trunk.run(on_epoch=tick)
+        trunk.run(on_epoch=on_epoch)
         yield _interval(trunk), None, trunk
 
 
@@ -109,11 +108,6 @@ def _interval(training: Training) -> dict[str, float]:
 
 
 # --- what has been run ----------------------------------------------------------------------------
-
-
-def base(result: Result, seed: int, **changed: Any) -> Run:
-    """The run with the base setting, or that with one factor changed."""
-    return result.select(seed=seed, **{**result.settings[0], **changed})[0]
 
 
 def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
@@ -165,7 +159,7 @@ def against_share(
         Shares (T,), ascending, from SGD throughout (0) to the other throughout (1); values
         (seeds, T).
     """
-    runs = [base(result, seed, **changed) for seed in result.seeds]
+    runs = [seed.base(**changed) for seed in result.by_seed()]
     on, off = runs[0]["switched_on"], runs[0]["switched_off"]
     chosen = off == off.max() if method == "late" else (on == 0) | (on == off)
     shares = ((off - on) / off.max())[chosen]
@@ -173,47 +167,49 @@ def against_share(
     return shares[order], np.array([run[name][chosen][order] for run in runs])
 
 
-def summed_lr(result: Result, name: str, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+def summed_lr(runs: SeedRuns, name: str, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
     """How long the late phase has had, and a column at its end.
+
+    Args:
+        changed: the factor in which the setting differs from the base.
 
     Returns:
         The learning rate summed over the epochs of the late phase (T,), ascending, for each late
-        switch; the column, (seeds, T).
+        switch; the column there, (T,).
     """
-    runs = [base(result, seed, **changed) for seed in result.seeds]
-    on, off = runs[0]["switched_on"], runs[0]["switched_off"]
+    run = runs.base(**changed)
+    on, off = run["switched_on"], run["switched_off"]
     epochs = int(off.max())
     chosen = (off == epochs) & (on < off) & (on > 0)
-    schedule = SCHEDULES[runs[0].settings["schedule"]]
-    rates = result.config["lr"] * np.array([schedule(e / epochs) for e in range(epochs)])
+    schedule = SCHEDULES[run.settings["schedule"]]
+    rates = runs.config["recipe"]["lr"] * np.array([schedule(e / epochs) for e in range(epochs)])
     sums = np.array([rates[int(at) :].sum() for at in on[chosen]])
     order = np.argsort(sums)
-    return sums[order], np.array([run[name][chosen][order] for run in runs])
+    return sums[order], run[name][chosen][order]
 
 
 def off_the_clock(
-    result: Result, course: Callable[[str], tuple[np.ndarray, np.ndarray]]
-) -> list[np.ndarray]:
+    runs: SeedRuns, course: Callable[[str], tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
     """How far other schedules lie above the constant one after equal summed learning rates.
 
     Args:
-        course: gives summed learning rates (T,), ascending, and values (seeds, T) of a schedule.
+        course: gives summed learning rates (T,), ascending, and values (T,) of a schedule.
 
     Returns:
-        For each seed, the difference at every late switch of another schedule whose sum the
-        constant one has reached too; values are interpolated in the logarithm of the sum.
+        The difference at every late switch of another schedule whose sum the constant one has
+        reached too; values are interpolated in the logarithm of the sum.
 
     Raises:
         ValueError: there is no such switch.
     """
     sums, values = course("constant")
-    found: list[list[float]] = [[] for _ in result.seeds]
-    for schedule in {setting["schedule"] for setting in result.settings} - {"constant"}:
+    found: list[float] = []
+    for schedule in sorted({run.settings["schedule"] for run in runs.runs} - {"constant"}):
         other_sums, other = course(schedule)
         shared = (sums.min() <= other_sums) & (other_sums <= sums.max())
-        for seed, (one, two) in enumerate(zip(values, other[:, shared], strict=True)):
-            expected = np.interp(np.log(other_sums[shared]), np.log(sums), one)
-            found[seed] += (two - expected).tolist()
-    if not any(found):
+        expected = np.interp(np.log(other_sums[shared]), np.log(sums), values)
+        found += (other[shared] - expected).tolist()
+    if not found:
         raise ValueError("no schedule has a late phase as long as one at the constant rate")
-    return [np.array(differences) for differences in found]
+    return np.array(found)

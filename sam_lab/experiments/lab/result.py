@@ -11,16 +11,30 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sam_lab.experiments.claims import VERDICTS, Criterion, Table, Verdict, claims_table
+__all__ = [
+    "Columns",
+    "Result",
+    "ResultError",
+    "Rows",
+    "Run",
+    "SeedRuns",
+    "Setting",
+    "command",
+    "merge",
+    "plain",
+    "write_whole",
+]
 
-SCHEMA = "sam-lab/result/1"
+SCHEMA = "sam-lab/result/2"
+Setting = dict[str, Any]
+Columns = dict[str, list[float]]
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -40,9 +54,9 @@ class Run:
         TypeError: when a setting or a column holds something that a result file cannot.
     """
 
-    settings: dict[str, Any]
+    settings: Setting
     seed: int
-    columns: dict[str, list[float]]
+    columns: Columns
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -64,29 +78,98 @@ class Run:
     def __contains__(self, name: object) -> bool:
         return name in self.columns
 
+    def value(self, name: str) -> float:
+        """The one number of a column of length one.
+
+        Raises:
+            KeyError: when there is no such column.
+            ValueError: when it holds none, or several.
+        """
+        values = self[name]
+        if len(values) != 1:
+            raise ValueError(f"column {name!r} must hold one number here, it holds {len(values)}")
+        return float(values[0])
+
     @property
     def label(self) -> str:
         """The settings in words, such as ``lr=0.1, momentum=0.9``."""
         return ", ".join(f"{name}={_short(value)}" for name, value in self.settings.items())
 
 
+class Rows:
+    """Columns that grow by a row at a time: ``rows.add(step=0, loss=2.3)``; then `columns`."""
+
+    def __init__(self) -> None:
+        self.columns: Columns = {}
+
+    def add(self, **row: float) -> None:
+        """Append a value to each column.
+
+        Raises:
+            ValueError: when the row does not name the columns of the first one.
+        """
+        if not self.columns:
+            self.columns = {name: [] for name in row}
+        if row.keys() != self.columns.keys():
+            raise ValueError(f"a row must have {_listed(self.columns)}, got {_listed(row)}")
+        for name, value in row.items():
+            self.columns[name].append(value)
+
+
+@dataclass(frozen=True)
+class SeedRuns:
+    """All runs of one seed, of which a claim makes one number."""
+
+    seed: int
+    config: Mapping[str, Any]
+    runs: Sequence[Run]
+
+    def all(self, **settings: Any) -> list[Run]:
+        """The runs with these settings; errors as those of `Result.select`."""
+        return _select(self.runs, settings)
+
+    def one(self, **settings: Any) -> Run:
+        """The only run with these settings.
+
+        Raises:
+            ValueError: when none matches, or more than one.
+        """
+        found = self.all(**settings)
+        if len(found) > 1:
+            there = "; ".join(run.label for run in found)
+            raise ValueError(f"{len(found)} runs match, one was expected: {there}")
+        return found[0]
+
+    def base(self, **changed: Any) -> Run:
+        """The run with the first setting, or the one that differs from it in this."""
+        return self.one(**{**self.runs[0].settings, **changed})
+
+    def where(self, **settings: Any) -> SeedRuns:
+        """Only those runs with these settings."""
+        return SeedRuns(self.seed, self.config, self.all(**settings))
+
+
 @dataclass(frozen=True)
 class Result:
-    """The runs of one experiment at one scale, its verdicts, and where they came from."""
+    """The runs of one experiment at one scale, and where they came from.
+
+    Attributes:
+        provenance: for each go in which runs were made (one, or one a shard), its ``seeds``,
+            versions, device, command, seconds and date.
+    """
 
     experiment: str
     scale: str
     config: dict[str, Any]
     runs: list[Run]
-    claims: list[Verdict]
-    provenance: dict[str, Any]
+    provenance: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", plain(self.config, "config"))
         object.__setattr__(self, "provenance", plain(self.provenance, "provenance"))
         seen = set()
         for run in self.runs:
-            key = (json.dumps(run.settings, sort_keys=True), run.seed)
+            key = (_setting_key(run.settings), run.seed)
             if key in seen:
                 raise ValueError(f"two runs with {run.label} and seed {run.seed}")
             seen.add(key)
@@ -97,11 +180,21 @@ class Result:
         return tuple(dict.fromkeys(run.seed for run in self.runs))
 
     @property
-    def settings(self) -> list[dict[str, Any]]:
+    def settings(self) -> list[Setting]:
         """The different settings, in the order of the runs."""
-        return list(
-            {json.dumps(r.settings, sort_keys=True): r.settings for r in self.runs}.values()
-        )
+        return list({_setting_key(run.settings): run.settings for run in self.runs}.values())
+
+    @property
+    def command(self) -> str:
+        """The command line that makes the whole result in one go."""
+        return command(self.experiment, self.scale, self.seeds)
+
+    def by_seed(self) -> list[SeedRuns]:
+        """The runs of each seed, in the order of `seeds`."""
+        return [
+            SeedRuns(seed, self.config, [run for run in self.runs if run.seed == seed])
+            for seed in self.seeds
+        ]
 
     def select(self, *, seed: int | None = None, **settings: Any) -> list[Run]:
         """The runs with these settings (all seeds, or one), in the order of the file.
@@ -116,21 +209,7 @@ class Result:
             found = [run for run in found if run.seed == seed]
             if not found:
                 raise ValueError(f"no run with seed={seed!r}; seeds are {_listed(self.seeds)}")
-        for name, value in settings.items():
-            wanted = plain(value, name)
-            having = [run for run in found if name in run.settings]
-            if not having:
-                known = dict.fromkeys(key for run in self.runs for key in run.settings)
-                raise ValueError(f"no setting {name!r}; settings are {_listed(known)}")
-            found = [run for run in having if _same(run.settings[name], wanted)]
-            if not found:
-                there = {_short(run.settings[name]): None for run in having}
-                raise ValueError(f"no run with {name}={_short(wanted)}; {name} is {_listed(there)}")
-        return list(found)
-
-    def table(self) -> Table:
-        """The claims as a table: statement, source, measured, criterion, verdict."""
-        return claims_table(self.claims, self.scale)
+        return _select(found, settings)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file whole or not at all; returns its path."""
@@ -140,7 +219,6 @@ class Result:
             "scale": self.scale,
             "config": self.config,
             "seeds": list(self.seeds),
-            "claims": [_pack_verdict(verdict) for verdict in self.claims],
             "provenance": self.provenance,
             "runs": [pack_run(run) for run in self.runs],
         }
@@ -159,10 +237,10 @@ class Result:
         try:
             body = unseal(path.read_bytes(), SCHEMA)
             experiment, scale = _get(body, "experiment", str), _get(body, "scale", str)
-            config, provenance = _get(body, "config", dict), _get(body, "provenance", dict)
+            config = _get(body, "config", dict)
+            provenance = [_typed(o, "provenance", dict) for o in _get(body, "provenance", list)]
             runs = [unpack_run(run) for run in _get(body, "runs", list)]
-            claims = [_unpack_verdict(claim) for claim in _get(body, "claims", list)]
-            result = cls(experiment, scale, config, runs, claims, provenance)
+            result = cls(experiment, scale, config, runs, provenance)
             if list(result.seeds) != _get(body, "seeds", list):
                 raise ResultError("'seeds' does not list the seeds of the runs")
         except ResultError as error:
@@ -170,6 +248,51 @@ class Result:
         except (TypeError, ValueError) as error:
             raise ResultError(f"{path.name}: {error}") from error
         return result
+
+
+def merge(shards: Sequence[Result]) -> Result:
+    """One result of several that differ in their seeds alone.
+
+    Runs are in the order of one go: every setting with every seed, seeds in the order of the
+    shards. Each shard's provenance is kept.
+
+    Raises:
+        ResultError: fewer than two shards; another experiment, scale, config or other settings in
+            one of them; or a seed that stands in two.
+    """
+    if len(shards) < 2:
+        raise ResultError(f"at least two results are needed to merge, got {len(shards)}")
+    first = shards[0]
+    for number, other in enumerate(shards[1:], 2):
+        for name in ("experiment", "scale", "config"):
+            one, two = getattr(first, name), getattr(other, name)
+            if one != two:
+                raise ResultError(f"result {number} has another {name}: {_difference(one, two)}")
+        if _keys(first.settings) != _keys(other.settings):
+            raise ResultError(f"result {number} has other settings than result 1")
+        for earlier in shards[: number - 1]:
+            shared = set(earlier.seeds) & set(other.seeds)
+            if shared:
+                raise ResultError(f"seed {min(shared)} stands in two results: a run counts once")
+    runs = [
+        run
+        for setting in first.settings
+        for shard in shards
+        for run in shard.runs
+        if run.settings == setting
+    ]
+    origins = [origin for shard in shards for origin in shard.provenance]
+    return Result(first.experiment, first.scale, first.config, runs, origins)
+
+
+def command(experiment: str, scale: str, seeds: Iterable[int] = (0, 1, 2), out: str = "") -> str:
+    """The command line that makes the result of a preset, in the folder ``out`` if given."""
+    seeds = list(seeds)
+    chosen = str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds))
+    # A lone seed is written with a comma, or it would be read as a number of seeds.
+    chosen += "," if len(seeds) == 1 and seeds != [0] else ""
+    line = f"python -m sam_lab.experiments run {experiment} --scale {scale} --seeds {chosen}"
+    return f"{line} --out {out}" if out else line
 
 
 # --- strict JSON ---------------------------------------------------------------------------------
@@ -265,45 +388,6 @@ def unpack_run(data: Any) -> Run:
     return Run(_get(data, "settings", dict), _get(data, "seed", int), columns)
 
 
-def _pack_verdict(verdict: Verdict) -> dict[str, Any]:
-    interval = verdict.interval
-    return {
-        "id": verdict.id,
-        "statement": verdict.statement,
-        "source": verdict.source,
-        "unit": verdict.unit,
-        "values": [_pack(value) for value in verdict.values],
-        "mean": _pack(verdict.mean),
-        "median": _pack(verdict.median),
-        "interval": None if interval is None else [_pack(bound) for bound in interval],
-        "criterion": [_pack(verdict.criterion.low), _pack(verdict.criterion.high)],
-        "verdict": verdict.verdict,
-        "reason": verdict.reason,
-    }
-
-
-def _unpack_verdict(data: Any) -> Verdict:
-    words = {key: _get(data, key, str) for key in ("id", "statement", "source", "unit", "reason")}
-    criterion = [_unpack(bound) for bound in _get(data, "criterion", list)]
-    interval = data.get("interval")
-    if interval is not None:
-        interval = tuple(_unpack(bound) for bound in _typed(interval, "interval", list))
-    if len(criterion) != 2 or (interval is not None and len(interval) != 2):
-        raise ResultError(f"claim {words['id']!r}: 'criterion' and 'interval' need two bounds")
-    verdict = _get(data, "verdict", str)
-    if verdict not in VERDICTS:
-        raise ResultError(f"claim {words['id']!r}: verdict {verdict!r} is none of {VERDICTS}")
-    return Verdict(
-        **words,
-        values=tuple(_unpack(value) for value in _get(data, "values", list)),
-        mean=_unpack(data.get("mean")),
-        median=_unpack(data.get("median")),
-        interval=interval,
-        criterion=Criterion(*criterion),
-        verdict=verdict,
-    )
-
-
 def _column(name: Any, values: Any) -> list[float]:
     if hasattr(values, "tolist"):  # numpy arrays and tensors, on any device
         values = values.tolist()
@@ -358,6 +442,40 @@ def _dumps(value: Any) -> str:
 def _digest(body: Mapping[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _select(runs: Iterable[Run], settings: Mapping[str, Any]) -> list[Run]:
+    """The runs with these settings; ValueError, naming what there is, where none has them."""
+    found = runs = list(runs)
+    for name, value in settings.items():
+        wanted = plain(value, name)
+        having = [run for run in found if name in run.settings]
+        if not having:
+            known = dict.fromkeys(key for run in runs for key in run.settings)
+            raise ValueError(f"no setting {name!r}; settings are {_listed(known)}")
+        found = [run for run in having if _same(run.settings[name], wanted)]
+        if not found:
+            there = {_short(run.settings[name]): None for run in having}
+            raise ValueError(f"no run with {name}={_short(wanted)}; {name} is {_listed(there)}")
+    return found
+
+
+def _setting_key(setting: Setting) -> str:
+    return json.dumps(setting, sort_keys=True)
+
+
+def _keys(settings: Iterable[Setting]) -> set[str]:
+    return {_setting_key(setting) for setting in settings}
+
+
+def _difference(one: Any, two: Any, where: str = "") -> str:
+    """The first place in which two plain values differ, such as ``task.lr is 0.1 and 0.2``."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for name in [*one, *(name for name in two if name not in one)]:
+            if name not in one or name not in two or one[name] != two[name]:
+                path = f"{where}.{name}" if where else name
+                return _difference(one.get(name, "absent"), two.get(name, "absent"), path)
+    return f"{where or 'it'} is {_short(one)} in one and {_short(two)} in the other"
 
 
 def _same(a: Any, b: Any) -> bool:
