@@ -15,7 +15,7 @@ import torch
 from benchmarks import common
 from benchmarks import curvature as bench
 from sam_lab import Hessian
-from sam_lab.experiments.result import ResultError
+from sam_lab.experiments.lab.result import ResultError
 
 CHECKOUT = Path(__file__).parents[1]
 RESULTS = CHECKOUT / "book" / "results"

@@ -1,7 +1,6 @@
 """README, citation, licence and the pages of the book in Markdown say what is so."""
 
 import copy
-import json
 import pkgutil
 import re
 import subprocess
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from sam_lab.experiments import Result, judge
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]
@@ -136,11 +137,11 @@ def test_the_closing_page_says_of_each_claim_what_the_stored_runs_say():
     comments = re.findall(r"<!-- held by tests/test_documents\.py\n(.*?)\n-->", CLOSING, re.DOTALL)
     said = [tuple(line.split(" | ")) for comment in comments for line in comment.splitlines()]
     assert len(comments) == CLOSING.count("<!--")
-    verdicts = {}
-    for path in {f"{result}.json" for result, _, _ in said}:
-        stored = json.loads((ROOT / "book" / "results" / path).read_text(encoding="utf-8"))
-        for claim in stored["claims"]:
-            verdicts[path.removesuffix(".json"), claim["id"]] = claim["verdict"]
+    verdicts = {
+        (name, verdict.claim.id): verdict.verdict
+        for name in {result for result, _, _ in said}
+        for verdict in judge(Result.load(ROOT / "book" / "results" / f"{name}.json"))
+    }
     found = [(result, claim, verdicts.get((result, claim))) for result, claim, _ in said]
     assert said == found
 
