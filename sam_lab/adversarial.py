@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_lab import _optional
-from sam_lab.objective import check_examples, check_integer, check_nonnegative
+from sam_lab._checks import check_examples, check_integer, check_nonnegative
 from sam_lab.perturbations import HALF, NORMS, steepest
 from sam_lab.state import RandomState, evaluating
 

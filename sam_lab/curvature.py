@@ -38,15 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sam_lab._checks import check_integer, check_loss, check_positive
 from sam_lab.eigensolvers import Ritz, inner, lanczos, lanczos_top, lobpcg, scale
-from sam_lab.objective import (
-    Batches,
-    Gradient,
-    Objective,
-    check_integer,
-    check_loss,
-    check_positive,
-)
+from sam_lab.objective import Batches, Gradient, Objective
 
 __all__ = ["ConvergenceWarning", "Eigenpairs", "Hessian", "SpectralDensity", "TraceEstimate"]
 

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim.swa_utils import update_bn
 
+from sam_lab._checks import check_integer, check_scalar
 from sam_lab.eigensolvers import inner
-from sam_lab.objective import Batches, Objective, check_integer
+from sam_lab.objective import Batches, Objective
 from sam_lab.state import RandomState, kept_buffers
 
 __all__ = [
@@ -405,13 +406,7 @@ def _undisturbed(
 
 
 def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1 or not loss.is_floating_point():
-        raise ValueError(
-            f"the loss must be a real scalar, got {loss.dtype} of shape {tuple(loss.shape)}"
-        )
-    return loss.detach().reshape(())
+    return check_scalar(loss).detach().reshape(())
 
 
 # --- arguments -----------------------------------------------------------------------------------

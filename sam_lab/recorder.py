@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_lab._checks import check_integer
 from sam_lab.curvature import Hessian
 from sam_lab.eigensolvers import inner
-from sam_lab.objective import check_integer
 from sam_lab.perturbations import sam as sam_rule
 from sam_lab.perturbations import unnormalized
 from sam_lab.sam import SAM

@@ -23,7 +23,6 @@ has it in both; to have that, leave it out of the optimizer and add it to the lo
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam_lab._checks import check_nonnegative
 from sam_lab.perturbations import HALF, Rule, global_norm, sam
 from sam_lab.state import RandomState, kept_buffers
 
@@ -261,13 +261,13 @@ class SAM:
     def radii(self) -> list[float]:
         """The radius that the next step has for each of `params`."""
         if callable(self.rho):
-            rho = _check_radius(f"rho({self.steps})", self.rho(self.steps))
+            rho = check_nonnegative(f"rho({self.steps})", self.rho(self.steps))
         else:
-            rho = _check_radius("rho", self.rho)
+            rho = check_nonnegative("rho", self.rho)
         radii = []
         for i, group in enumerate(self.optimizer.param_groups):
             own = None if "rho" in self.optimizer.defaults else group.get("rho")
-            radius = rho if own is None else _check_radius(f"rho of parameter group {i}", own)
+            radius = rho if own is None else check_nonnegative(f"rho of parameter group {i}", own)
             radii += [radius for p in group["params"] if p.requires_grad]
         return radii
 
@@ -570,13 +570,3 @@ def _refuse(*_: Any) -> None:
         "optimizer.step() inside perturbed() would step from the perturbed weights, and be undone: "
         "take it after the block"
     )
-
-
-def _check_radius(name: str, value: Any) -> float:
-    try:
-        radius = float(value)
-    except (TypeError, ValueError):
-        radius = math.nan
-    if isinstance(value, (bool, str)) or not 0 <= radius < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r:.80}")
-    return radius

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from sam_lab._checks import check_integer, check_positive
 from sam_lab.curvature import Eigenpairs, Hessian
-from sam_lab.objective import check_integer, check_positive
 
 __all__ = ["SharpnessTracker"]
 

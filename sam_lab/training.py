@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_lab._checks import check_examples, check_integer, check_nonnegative
 from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
-from sam_lab.objective import check_examples, check_integer, check_nonnegative
 from sam_lab.perturbations import Rule, sam
 from sam_lab.sam import SAM
 from sam_lab.state import RandomState, evaluating
