@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from sam_lab._checks import check_nonnegative
 from sam_lab.perturbations import HALF, Rule, global_norm, sam
-from sam_lab.state import RandomState, kept_buffers
+from sam_lab.state import RandomState, kept_buffers, load_optimizer
 
 __all__ = ["SAM"]
 
@@ -323,7 +323,7 @@ class SAM:
         try:
             if was is not None:
                 rule.load_state_dict(state["rule"])
-            self._load_optimizer(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         except Exception:
             if was is not None:
                 rule.load_state_dict(was)
@@ -340,19 +340,6 @@ class SAM:
     def __repr__(self) -> str:
         name = type(self.optimizer).__name__
         return f"SAM({name}, rho={self.rho}, rule={_rule_name(self.rule)})"
-
-    def _load_optimizer(self, state: Any) -> None:
-        """Torch's own loading takes the state of another kind of optimizer, and breaks on it."""
-        optimizer = self.optimizer
-        was = optimizer.state, optimizer.param_groups
-        try:
-            optimizer.load_state_dict(state)
-            if any(set(optimizer.defaults) - set(group) for group in optimizer.param_groups):
-                raise ValueError("its parameter groups have other settings")
-        except Exception as error:
-            optimizer.state, optimizer.param_groups = was
-            name = type(optimizer).__name__
-            raise ValueError(f"state is not of an optimizer like this {name}: {error!r}") from error
 
     # --- the passes ------------------------------------------------------------------------------
 

@@ -1,9 +1,14 @@
-"""What a pass over the data changes besides gradients: random state, buffers and modes, kept."""
+"""State that is kept, or taken up whole.
+
+What a pass over the data changes besides gradients (random state, buffers, modes) is as it was
+afterwards; the state of an optimizer is loaded entirely or not at all.
+"""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "evaluating", "kept_buffers"]
+__all__ = ["RandomState", "evaluating", "kept_buffers", "load_optimizer"]
 
 
 class RandomState:
@@ -83,3 +88,24 @@ def kept_buffers(model: nn.Module | None) -> Iterator[None]:
             if live or own:  # a module may have made its first one inside
                 live.clear()
                 live.update(own)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take up a copy of a state of `Optimizer.state_dict`; torch's own loading has two traps.
+
+    It keeps the tensors that it is given, so that two optimizers would write to one momentum. And
+    it takes the state of another kind of optimizer, to break on it at a later step.
+
+    Raises:
+        ValueError: the state is not of an optimizer of this kind over as many parameters. The
+            optimizer is as it was then.
+    """
+    was = optimizer.state, optimizer.param_groups
+    try:
+        optimizer.load_state_dict(copy.deepcopy(dict(state)))
+        if any(set(optimizer.defaults) - set(group) for group in optimizer.param_groups):
+            raise ValueError("its parameter groups have other settings")
+    except Exception as error:
+        optimizer.state, optimizer.param_groups = was
+        name = type(optimizer).__name__
+        raise ValueError(f"state is not of an optimizer like this {name}: {error!r}") from error

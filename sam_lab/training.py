@@ -39,7 +39,7 @@ from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
 from sam_lab.perturbations import Rule, sam
 from sam_lab.sam import SAM
-from sam_lab.state import RandomState, evaluating
+from sam_lab.state import RandomState, evaluating, load_optimizer
 
 __all__ = [
     "Phase",
@@ -349,17 +349,11 @@ class Training:
                     f"schedule here have {present}"
                 )
         weights = copy.deepcopy(self.model.state_dict())
-        held = self.optimizer.state, self.optimizer.param_groups
         try:
             self.model.load_state_dict(state["model"])
-            # a copy, or both would write to the same momentum
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-            groups = self.optimizer.param_groups
-            if any(set(self.optimizer.defaults) - set(group) for group in groups):
-                raise ValueError("the optimizer is of another kind")
+            load_optimizer(self.optimizer, state["optimizer"])
         except Exception as error:
             self.model.load_state_dict(weights)
-            self.optimizer.state, self.optimizer.param_groups = held
             raise ValueError(f"state is of another model or optimizer: {error}") from error
         self.epoch, self.history = epoch, history
 

@@ -483,7 +483,7 @@ STRANGE = {
     ),
     "another optimizer": (
         lambda _: made([Phase(0, 3)], partial(torch.optim.AdamW, lr=0.1)).run(1).state_dict(),
-        "state is of another model or optimizer: the optimizer is of another kind",
+        "state is of another model or optimizer: state is not of an optimizer like this SGD",
     ),
     "an optimizer of fewer parameters": (
         lambda state: {**state, "optimizer": model_of(nn.Linear(32, 3))["optimizer"]},
