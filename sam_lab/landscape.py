@@ -38,7 +38,7 @@ from torch.optim.swa_utils import update_bn
 from sam_lab._checks import check_integer, check_scalar
 from sam_lab.eigensolvers import inner
 from sam_lab.objective import Batches, Objective
-from sam_lab.state import RandomState, kept_buffers
+from sam_lab.state import kept_buffers, undisturbed
 
 __all__ = [
     "Axes",
@@ -338,7 +338,7 @@ def _losses(
     device = params[0].device
     chunk = check_integer("chunk", chunk, 1)
     gather = _checked_refresh(refresh, model)
-    random = RandomState([device], Batches(gather, model).generators if gather is not None else ())
+    generators = Batches(gather, model).generators if gather is not None else ()
 
     def one(row: Tensor) -> Tensor:
         with kept_buffers(model):
@@ -364,7 +364,7 @@ def _losses(
             found.append(evaluate(part).reshape(-1))
         return torch.cat(found).cpu().double()
 
-    with _undisturbed(model, params, random) as reset:
+    with torch.no_grad(), undisturbed(model, generators=generators) as reset, _kept_weights(model):
         if min(chunk, len(rows)) > 1 and gather is None:
             # an error: impossible for this loss, or one of its own, which comes again below
             with suppress(Exception):
@@ -373,36 +373,18 @@ def _losses(
 
 
 @contextmanager
-def _undisturbed(
-    model: nn.Module, params: list[nn.Parameter], random: RandomState
-) -> Iterator[Callable[[], None]]:
-    """Inside, weights may be exchanged and modes changed; afterwards all is as it was.
-
-    Weights and gradients are not written back: the original tensors return to their places. What is
-    yielded puts modes and random state back at once.
-    """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
+def _kept_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, weights may be exchanged; afterwards the original tensors are in their places."""
+    data = [(p, p.data) for p in model.parameters()]
     # update_bn takes BatchNorm's momentum away for the time of its pass
-    norms = [(m, m.momentum) for m in modules if isinstance(m, _BatchNorm)]
-    data, grads = [p.data for p in params], [p.grad for p in params]
-
-    def reset() -> None:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
-        random.restore()
-
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
-        for p in params:
-            p.grad = None
-        with torch.no_grad():
-            yield reset
+        yield
     finally:
-        for p, values, grad in zip(params, data, grads, strict=True):
-            p.data, p.grad = values, grad
+        for p, values in data:
+            p.data = values
         for norm, momentum in norms:
             norm.momentum = momentum
-        reset()
 
 
 def _scalar(loss: Any) -> Tensor:

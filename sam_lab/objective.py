@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_lab._checks import check_loss
-from sam_lab.state import RandomState, kept_buffers
+from sam_lab.state import RandomState, undisturbed
 
 __all__ = ["Batches", "Gradient", "Objective"]
 
@@ -58,7 +58,7 @@ class Objective:
         self.model = model
         self._sizes = [p.numel() for p in self.params]
         self.size = sum(self._sizes)
-        self._random = self._random_state()
+        self._random = RandomState([self.device], self._batches.generators)
 
     def differentiate(self, closure: Closure, create_graph: bool) -> tuple[float, Gradient]:
         """Loss and gradient of one batch, checked."""
@@ -103,37 +103,16 @@ class Objective:
 
     @contextmanager
     def undisturbed(self) -> Iterator[Batches]:
-        """One pass over the data inside, from the frozen random state; then all is as before.
-
-        Gradients, as buffers, are not saved and written back but swapped: the original tensors,
-        which nobody has touched, return to their places.
-        """
-        modules = list(self.model.modules()) if self.model is not None else []
-        modes = [module.training for module in modules]
-        owners = [*self.params, *(self.model.parameters() if self.model is not None else [])]
-        grads = [owner.grad for owner in owners]
-        now = self._random_state()
-        try:
-            for owner in owners:
-                owner.grad = None
+        """One pass over the data inside, from the frozen random state; then all is as before."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            undisturbed(self.model, self.params, self._batches.generators),
+            torch.autocast(self.device.type, enabled=False),
+            sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
+        ):
             self._random.restore()
-            with (
-                kept_buffers(self.model),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.autocast(self.device.type, enabled=False),
-                sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
-            ):
-                yield self._batches
-        finally:
-            for module, training in zip(modules, modes, strict=True):
-                module.training = training
-            for owner, grad in zip(owners, grads, strict=True):
-                owner.grad = grad
-            now.restore()
-
-    def _random_state(self) -> RandomState:
-        return RandomState([self.device], self._batches.generators)
+            yield self._batches
 
     def versions(self) -> tuple[int, ...]:
         """A key that changes when parameters, buffers or modes do, as far as torch counts it."""

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from sam_lab.state import RandomState, evaluating, kept_buffers, load_optimizer
+from sam_lab.state import (
+    RandomState,
+    evaluating,
+    kept_buffers,
+    load_optimizer,
+    undisturbed,
+)
 
 X = torch.linspace(-1, 1, 24).reshape(8, 3)
 
@@ -244,6 +250,63 @@ def test_evaluation_writes_to_no_buffer():
     with evaluating(model):
         model(X)
     assert_held(before, model[1])
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError, KeyboardInterrupt])
+def test_afterwards_nobody_can_tell_that_there_were_passes(failure):
+    model, expected = partly_frozen()
+    model.append(Counter())
+    model[0].weight.grad = grad = torch.ones(3)
+    other = torch.ones(2, requires_grad=True)
+    other.grad = its_grad = torch.zeros(2)
+    generator = torch.Generator().manual_seed(1)
+    buffers, state = held(model), RandomState(generators=[generator])
+    first = draws(generator)
+    state.restore()
+
+    def run():
+        with undisturbed(model, [other], [generator]):
+            assert other.grad is None and all(p.grad is None for p in model.parameters())
+            model.train()
+            (model(X).sum() + other.sum()).backward()
+            assert other.grad.any() and model[0].num_batches_tracked == 1
+            draws(generator)
+            if failure is not None:
+                raise failure("in the middle")
+
+    if failure is None:
+        run()
+    else:
+        with pytest.raises(failure):
+            run()
+    assert [module.training for module in model.modules()] == [*expected, True]
+    assert model[0].weight.grad is grad and torch.equal(grad, torch.ones(3))
+    assert other.grad is its_grad and not its_grad.any()
+    assert [p.grad for p in model.parameters()][1:] == [None] * 5
+    assert_held(buffers, model)
+    assert draws(generator) == first
+
+
+def test_every_pass_inside_can_begin_alike():
+    model, expected = partly_frozen()
+    generator = torch.Generator().manual_seed(1)
+    with undisturbed(model, generators=[generator]) as reset:
+        first = draws(generator)
+        model.eval()
+        reset()
+        assert draws(generator) == first
+        assert [module.training for module in model.modules()] == expected
+
+
+def test_without_a_model_random_state_and_the_gradients_of_tensors_are_kept():
+    w = torch.ones(2, requires_grad=True)
+    with undisturbed(None, [w]):
+        first = draws()
+        w.sum().backward()
+    assert w.grad is None and draws() == first
 
 
 # --- the state of an optimizer --------------------------------------------------------------------
