@@ -40,7 +40,7 @@ from torch.autograd import forward_ad
 
 from sam_lab._checks import check_integer, check_loss, check_positive
 from sam_lab.eigensolvers import Ritz, inner, lanczos, lanczos_top, lobpcg, scale
-from sam_lab.objective import Batches, Gradient, Objective
+from sam_lab.objective import Batches, Closure, Gradient, Objective
 
 __all__ = ["ConvergenceWarning", "Eigenpairs", "Hessian", "SpectralDensity", "TraceEstimate"]
 
@@ -149,7 +149,7 @@ class Hessian:
 
     def __init__(
         self,
-        closure: Callable[[], Tensor],
+        closure: Closure,
         params: Iterable[Tensor],
         model: nn.Module | None = None,
         mode: str = "auto",
@@ -194,7 +194,7 @@ class Hessian:
             params, model, mode: as for `Hessian`.
         """
         data = Batches(batches, loss_fn)
-        return cls(cast(Callable[[], Tensor], data), params, model, mode)
+        return cls(cast(Closure, data), params, model, mode)
 
     # ------------------------------------------------------------------ the operator
 
@@ -465,7 +465,7 @@ class Hessian:
                     total += size
         return out / total
 
-    def _tangent(self, closure: Callable[[], Tensor], row: Tensor) -> Tensor:
+    def _tangent(self, closure: Closure, row: Tensor) -> Tensor:
         leaves = [p.detach().requires_grad_() for p in self.params]
         with forward_ad.dual_level():
             duals = map(forward_ad.make_dual, leaves, self._objective.unflatten(row))

@@ -6,7 +6,7 @@ its `barrier`), and what the valley looks like around them (`plane`, on the axes
 
     start = weights(model)
     ...  # train on
-    path = line(loss, model, start, weights(model))
+    path = line(closure, model, start, weights(model))
     path.losses, path.barrier
 
 A point of weight space is a list of tensors shaped as `model.parameters()`, such as a snapshot by
@@ -37,7 +37,7 @@ from torch.optim.swa_utils import update_bn
 
 from sam_lab._checks import check_integer, check_scalar
 from sam_lab.eigensolvers import inner
-from sam_lab.objective import Batches, Objective
+from sam_lab.objective import Batches, Closure, Objective
 from sam_lab.state import kept_buffers, undisturbed
 
 __all__ = [
@@ -126,7 +126,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 def line(
-    loss: Callable[[], Tensor],
+    closure: Closure,
     model: nn.Module,
     start: Point,
     end: Point,
@@ -138,7 +138,7 @@ def line(
     r"""The loss at $(1 - \alpha)$ `start` $+\ \alpha$ `end`.
 
     Args:
-        loss: evaluates the loss at the current values of the parameters and returns it, a scalar
+        closure: evaluates the loss at the current values of the parameters and returns it, a scalar
             tensor; no `backward` inside.
         model: the module that it evaluates.
         start, end: two points of its weight space, in dtype and on the device of its parameters.
@@ -165,8 +165,8 @@ def line(
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
-        >>> loss = lambda: model.weight.square().sum()
-        >>> line(loss, model, torch.tensor([-1.0]), torch.tensor([3.0]), 5).losses.tolist()
+        >>> closure = lambda: model.weight.square().sum()
+        >>> line(closure, model, torch.tensor([-1.0]), torch.tensor([3.0]), 5).losses.tolist()
         [1.0, 0.0, 1.0, 4.0, 9.0]
     """
     params = _parameters(model)
@@ -179,11 +179,11 @@ def line(
     def where(rows: Tensor) -> list[Tensor]:  # lerp is exact at both ends
         return [torch.lerp(s, e, _along(rows[:, 0], s)) for s, e in zip(a, b, strict=True)]
 
-    return Line(places, _losses(loss, model, where, places[:, None], chunk, refresh))
+    return Line(places, _losses(closure, model, where, places[:, None], chunk, refresh))
 
 
 def plane(
-    loss: Callable[[], Tensor],
+    closure: Closure,
     model: nn.Module,
     origin: Point,
     u: Point,
@@ -197,7 +197,7 @@ def plane(
     """The loss at `origin` + x `u` + y `v` for every x in `xs` and y in `ys`.
 
     Args:
-        loss, model, chunk, refresh: as for `line`.
+        closure, model, chunk, refresh: as for `line`.
         origin, u, v: a point and two directions, such as the first three of `through`, or
             `weights(model)` and two of `direction`.
         xs, ys: coordinates, any finite numbers.
@@ -220,7 +220,7 @@ def plane(
         ]
 
     grid = torch.cartesian_prod(y, x).flip(1)
-    found = _losses(loss, model, where, grid, chunk, refresh)
+    found = _losses(closure, model, where, grid, chunk, refresh)
     return Plane(x, y, found.reshape(len(y), len(x)))
 
 
@@ -233,7 +233,7 @@ def through(a: Point, b: Point, c: Point) -> Axes:
         a, b, c: points alike in shapes, dtype and device: lists of tensors, or flat vectors.
 
     Returns:
-        `Axes`; ``plane(loss, model, *axes[:3], xs, ys)`` draws it.
+        `Axes`; ``plane(closure, model, *axes[:3], xs, ys)`` draws it.
 
     Raises:
         TypeError, ValueError: a point is not as described, or the three lie on one line.
@@ -324,7 +324,7 @@ def filter_normalized(direction: Iterable[Tensor], weights: Iterable[Tensor]) ->
 
 
 def _losses(
-    loss: Callable[[], Tensor],
+    closure: Closure,
     model: nn.Module,
     where: Where,
     rows: Tensor,
@@ -332,8 +332,8 @@ def _losses(
     refresh: Refresh,
 ) -> Tensor:
     """The loss at the weights of each row of coordinates (n, d): (n,) float64 on the CPU."""
-    if not callable(loss):
-        raise TypeError(f"loss must be callable, got {type(loss).__name__}")
+    if not callable(closure):
+        raise TypeError(f"closure must be callable, got {type(closure).__name__}")
     params = _parameters(model)
     device = params[0].device
     chunk = check_integer("chunk", chunk, 1)
@@ -347,12 +347,13 @@ def _losses(
             if gather is not None:
                 update_bn(gather, model, device)
                 reset()
-            return _scalar(loss())
+            return _scalar(closure())
 
     def several(some: Tensor) -> Tensor:
-        objective = Objective(loss, params, model)
+        objective = Objective(closure, params, model)
         with kept_buffers(model):
-            found = torch.func.vmap(lambda *at: _scalar(objective.replaced(loss, at)))(*where(some))
+            together = torch.func.vmap(lambda *at: _scalar(objective.replaced(closure, at)))
+            found = together(*where(some))
         if len(some) > 1 and found.stride(0) == 0:  # one number, shown as many
             raise ValueError("the loss does not read its parameters from the model")
         return found

@@ -23,10 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sam_lab._checks import check_loss
 from sam_lab.state import RandomState, undisturbed
 
-__all__ = ["Batches", "Gradient", "Objective"]
+__all__ = ["Batches", "Closure", "Gradient", "Objective"]
 
 Closure = Callable[[], Tensor]
-Gradient = Sequence[Tensor | None]  # one entry a parameter; None where the loss does not use it
+"""Evaluates the loss at the current values of the parameters and returns it, a scalar tensor; no
+`backward` inside."""
+Gradient = Sequence[Tensor | None]
+"""One entry a parameter; None where the loss does not use it."""
 
 
 class Objective:

@@ -33,12 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from sam_lab._checks import check_nonnegative
+from sam_lab.objective import Closure
 from sam_lab.perturbations import HALF, Rule, global_norm, sam
 from sam_lab.state import RandomState, kept_buffers, load_optimizer
 
 __all__ = ["SAM"]
-
-Closure = Callable[[], Tensor]
 
 
 class SAM:
@@ -144,9 +143,7 @@ class SAM:
             )
         self._watch()
 
-    def step(
-        self, closure: Callable[[], Tensor] | Iterable[Callable[[], Tensor]], perturb: str = "batch"
-    ) -> Tensor:
+    def step(self, closure: Closure | Iterable[Closure], perturb: str = "batch") -> Tensor:
         """One step: the gradient at w, the gradient at w + eps, the optimizer's step from w.
 
         Args:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from sam_lab._checks import check_examples, check_integer, check_nonnegative
 from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
+from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule, sam
 from sam_lab.sam import SAM
 from sam_lab.state import RandomState, evaluating, load_optimizer
@@ -491,7 +492,7 @@ def _checked_phases(phases: Sequence[Phase]) -> tuple[Phase, ...]:
 # --- without phases -------------------------------------------------------------------------------
 
 
-def descend(closure: Callable[[], Tensor], params: Sequence[Tensor], lr: float, steps: int) -> None:
+def descend(closure: Closure, params: Sequence[Tensor], lr: float, steps: int) -> None:
     """Plain gradient descent on ``closure()``, in place.
 
     Raises:
