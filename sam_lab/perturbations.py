@@ -12,6 +12,7 @@ rule                epsilon                     the maximiser of $g \cdot \epsil
 `asam`              rho T² g / |T g|            the ellipsoid $\|T^{-1} \epsilon\| \le \rho$
 `sam_linf`          rho sign(g)                 the cube, each entry at most rho
 `unnormalized`      rho g                       the ball of radius rho |g|
+`awp`               rho |w| g / |g|             a ball of radius rho |w| around each weight tensor
 `random_direction`  rho z / |z|, z Gaussian     none: the control
 ==================  ==========================  ====================================================
 
@@ -43,6 +44,7 @@ from torch import Tensor
 __all__ = [
     "Rule",
     "asam",
+    "awp",
     "global_norm",
     "is_weight",
     "random_direction",
@@ -140,6 +142,30 @@ def unnormalized(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius)
     """
     grads = _wide(grads)
     return _scaled(grads, rho, global_norm(grads), unit=True)
+
+
+def awp(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
+    r"""Adversarial weight perturbation: $\epsilon_l = \gamma \|w_l\| g_l / \|g_l\|$ for a weight.
+
+    Each weight has a ball of its own, as large as the weight is long, times $\gamma$ (here `rho`);
+    biases and the scales of norm layers are left where they are.
+
+    Source: Wu et al. 2020 (arXiv:2004.05884), with one step of the ascent, as in their code.
+
+    Example:
+        >>> w, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])
+        >>> awp([w], [g], rho=0.1)
+        [tensor([[0.0000, 0.5000]])]
+    """
+    grads = _wide(grads)
+    finite = global_norm(grads) < math.inf  # of all: one that is not stops every weight
+    radii = rho if isinstance(rho, Sequence) else [rho] * len(grads)
+    epsilon = []
+    for w, g, radius in zip(params, grads, radii, strict=True):
+        length = global_norm([g])
+        (e,) = steepest([g], radius, torch.where(finite.to(length.device), length, 0))
+        epsilon.append(e * (global_norm([w]) if is_weight(w) else 0))
+    return epsilon
 
 
 def random_direction(

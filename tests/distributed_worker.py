@@ -222,6 +222,7 @@ def scenarios() -> dict[str, Callable[[Batch], dict[str, Any]]]:
         "block": block,
         "fsdp sam": partial(fsdp, rule=perturbations.sam, steps=100),
         "fsdp asam": partial(fsdp, rule=perturbations.asam, steps=25),
+        "fsdp awp": partial(fsdp, rule=perturbations.awp, steps=25),
         "fsdp micro": fsdp_accumulated,
         "fsdp block": fsdp_block,
         "fsdp evaluated": fsdp_evaluated,
