@@ -16,6 +16,8 @@ rule                epsilon                     the maximiser of $g \cdot \epsil
 `random_direction`  rho z / |z|, z Gaussian     none: the control
 ==================  ==========================  ====================================================
 
+`dithered` is another rule rounded so that weights of half precision take it up.
+
 What all rules keep:
 
 - `rho` is one number, or one a tensor: then each tensor's part of epsilon is scaled by its own.
@@ -45,6 +47,7 @@ __all__ = [
     "Rule",
     "asam",
     "awp",
+    "dithered",
     "global_norm",
     "is_weight",
     "random_direction",
@@ -199,6 +202,43 @@ def random_direction(
     return steepest(z, rho, torch.where(usable, global_norm(z), 0))
 
 
+def dithered(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: Radius,
+    *,
+    rule: Rule = sam,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    r"""Another rule's perturbation, such that weights of half precision are right on average.
+
+    Such weights are far apart: most of a perturbation is less than half the way to the next one,
+    and rounded away. Here $w + \epsilon$ is one of the two neighbours of what the rule asks for,
+    drawn with the probabilities that make the mean right. What this adds is noise, nearly
+    orthogonal to the rule's perturbation. Parameters of other precision have that as it is.
+
+    Args:
+        rule: what is rounded, a rule without a state: ``partial(dithered, rule=asam)``.
+        generator: the source of the noise.
+    """
+    return [
+        _to_neighbours(_local(p), _local(e), generator) if p.dtype in HALF else e
+        for p, e in zip(params, rule(params, grads, rho), strict=True)
+    ]
+
+
+def _to_neighbours(p: Tensor, epsilon: Tensor, generator: torch.Generator) -> Tensor:
+    """What leads from p to a neighbour of p + epsilon in the dtype of p; float32."""
+    here = p.detach().float()
+    there, kind = here + epsilon, torch.finfo(p.dtype)
+    exponent = torch.frexp(there).exponent - 1
+    unit = torch.ldexp(torch.full_like(there, kind.eps), exponent)
+    units = there / unit.clamp_min_(kind.smallest_normal * kind.eps)
+    below = units.floor()
+    noise = torch.rand(p.shape, generator=generator, device=generator.device).to(units)
+    return (below + (noise < units - below)) * unit - here
+
+
 def steepest(
     grads: Sequence[Tensor], radius: Radius, length: Tensor, norm: str = "l2"
 ) -> list[Tensor]:
@@ -282,3 +322,8 @@ def _scaled(
             return [torch.zeros_like(e) for e in scaled]
     # zero times infinity is not zero, so those entries have to be chosen, not multiplied
     return [torch.where(usable.to(e.device), e, 0) for e in scaled]
+
+
+def _local(t: Tensor) -> Tensor:
+    """The shard of this process, where a tensor is sharded."""
+    return t.to_local() if hasattr(t, "to_local") else t

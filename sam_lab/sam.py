@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from sam_lab._checks import check_nonnegative
 from sam_lab.objective import Closure
-from sam_lab.perturbations import HALF, Rule, global_norm, sam
+from sam_lab.perturbations import HALF, Rule, _local, dithered, global_norm, sam
 from sam_lab.state import RandomState, kept_buffers, load_optimizer
 
 __all__ = ["SAM"]
@@ -64,8 +64,6 @@ class SAM:
             process along the gradient of the whole batch. If not, each perturbs along that of its
             own part ("m-sharpness", Foret et al. 2021), which saves one all-reduce a step. Not
             with `static_graph=True`, which torch's `no_sync` does not bear.
-        dither: for parameters of half precision, round the perturbed weights up or down at random
-            so that on average they are right. Draws from the generator.
 
     Attributes:
         steps: how many steps the optimizer has taken since.
@@ -73,8 +71,8 @@ class SAM:
     In half precision most of a perturbation is lost: bfloat16 has 8 bits, and a change of a weight
     by less than half a unit in the last place is rounded away. Keep the parameters in float32 and
     compute in `torch.autocast`: what it rounds then is noise beside the perturbation, not the
-    perturbation itself, whose mean stays. Where parameters must be of half precision, `dither` does
-    the same for them. Without it, such parameters cause a warning.
+    perturbation itself, whose mean stays. Where parameters must be of half precision, the rule
+    `perturbations.dithered` does the same for them. Without it, such parameters cause a warning.
 
     Raises:
         TypeError, ValueError: an argument, or a parameter, is not as described.
@@ -98,7 +96,6 @@ class SAM:
         generator: torch.Generator | None = None,
         same_rng: bool = True,
         sync: bool = True,
-        dither: bool = False,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -122,11 +119,13 @@ class SAM:
                 f"that can leave gradients apart; got {type(model).__name__}"
             )
         drawing = inspect.signature(rule).parameters.get("generator")
-        if generator is None and (dither or (drawing and drawing.default is drawing.empty)):
-            who = "dither" if dither else f"the rule {_rule_name(rule)}"
-            raise ValueError(f"{who} draws random numbers: give generator=torch.Generator()")
+        if generator is None and drawing and drawing.default is drawing.empty:
+            raise ValueError(
+                f"the rule {_rule_name(rule)} draws random numbers: give "
+                "generator=torch.Generator()"
+            )
         self.optimizer, self.rho, self.model, self.rule = optimizer, rho, model, rule
-        self.generator, self.same_rng, self.sync, self.dither = generator, same_rng, sync, dither
+        self.generator, self.same_rng, self.sync = generator, same_rng, sync
         self.steps = 0
         self._draws = drawing is not None and generator is not None
         self._skipped = 0
@@ -135,10 +134,11 @@ class SAM:
         modules = () if model is None else model.modules()
         self._sharded: list[Any] = [module for module in modules if hasattr(module, "reshard")]
         self.radii()
-        if not dither and any(p.dtype in HALF for p in self.params):
+        plain = getattr(rule, "func", rule) is not dithered  # a partial has the rule inside
+        if plain and any(p.dtype in HALF for p in self.params):
             warnings.warn(
                 "some parameters are of half precision, which rounds most of a perturbation away: "
-                "keep them in float32 and compute in torch.autocast, or give SAM dither=True",
+                "keep them in float32 and compute in torch.autocast, or give SAM rule=dithered",
                 stacklevel=2,
             )
         self._watch()
@@ -234,7 +234,8 @@ class SAM:
                 if params:
                     torch._foreach_copy_(copies, params)
                 saved.extend(copies)  # from here on there is something to restore
-                self._add(params, epsilon)
+                if params:
+                    torch._foreach_add_(params, epsilon)
             del epsilon
             self._forget_copies()
             if random_state is not None:
@@ -476,17 +477,6 @@ class SAM:
                 f"{self._name(p)} is {g.dtype}, {g.layout} (an embedding: give sparse=False)"
             )
 
-    def _add(self, params: list[Tensor], epsilon: list[Tensor]) -> None:
-        if not self.dither:
-            if params:
-                torch._foreach_add_(params, epsilon)
-            return
-        for p, e in zip(params, epsilon, strict=True):
-            if p.dtype in HALF:
-                p.copy_(_dithered(p.float() + e, p.dtype, self.generator))
-            else:
-                p.add_(e)
-
     def _restore(self, params: list[Tensor], saved: list[Tensor]) -> None:
         with torch.no_grad():
             if saved:
@@ -527,22 +517,6 @@ def _processes() -> int:
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
-
-
-def _local(t: Tensor) -> Tensor:
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def _dithered(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Rounded to `dtype`, up or down with the probabilities that make the mean right."""
-    exponent = torch.frexp(values).exponent - 1
-    unit = torch.ldexp(torch.full_like(values, torch.finfo(dtype).eps), exponent)
-    unit = unit.clamp_min(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
-    assert generator is not None
-    noise = torch.rand(values.shape, generator=generator, device=generator.device).to(values)
-    units = values / unit
-    below = units.floor()
-    return ((below + (noise < units - below)) * unit).to(dtype)
 
 
 def _rule_name(rule: Rule) -> str:

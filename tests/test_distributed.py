@@ -207,8 +207,9 @@ def test_the_norm_of_sharded_gradients_is_that_of_the_whole(run):
     assert max(parts) < 0.99 * RHO
 
 
-def test_shards_are_restored_exactly(run):
-    for result in run.of("fsdp block"):
+@pytest.mark.parametrize("scenario", ["fsdp block", "fsdp dithered"])
+def test_shards_are_restored_exactly(run, scenario):
+    for result in run.of(scenario):
         assert not torch.equal(result["inside"], result["before"])
         assert torch.equal(result["after"], result["before"])
 

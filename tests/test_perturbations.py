@@ -14,6 +14,7 @@ from sam_lab import perturbations
 from sam_lab.perturbations import (
     asam,
     awp,
+    dithered,
     global_norm,
     is_weight,
     random_direction,
@@ -53,6 +54,10 @@ def drawn(shapes, seed, dtype=torch.float64, scale=1.0):
 
 def direction(params, grads, rho, seed=0):
     return random_direction(params, grads, rho, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(params, grads, rho, seed=0):
+    return dithered(params, grads, rho, generator=torch.Generator().manual_seed(seed))
 
 
 def flat(tensors):
@@ -328,9 +333,30 @@ def test_awp_leaves_a_weight_without_a_gradient_where_it_is_and_moves_the_others
     assert not still.any() and moved.norm().item() == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@settings(deadline=None)
+@given(shapes=shapes, seed=seeds, rho=radii)
+def test_dithered_leads_to_a_neighbour_of_where_the_rule_leads(dtype, shapes, seed, rho):
+    params, grads = drawn(shapes, seed, dtype)
+    exact = RULES["asam"](params, grads, rho)
+    found = dithered(params, grads, rho, rule=asam, generator=torch.Generator().manual_seed(seed))
+    for p, e, exact_e in zip(params, found, exact, strict=True):
+        there, wanted = p.clone().add_(e), p.float() + exact_e
+        unit = wanted.abs().clamp(min=torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps
+        assert ((there.float() - wanted).abs() <= unit).all()
+
+
+def test_dithered_leaves_other_precisions_to_the_rule():
+    params, grads = drawn([(2, 3)], 0, torch.float32)
+    (e,) = rounded(params, grads, 0.1)
+    assert torch.equal(e, sam(params, grads, 0.1)[0])
+
+
 # --- what all rules keep ----------------------------------------------------------------------
 
-every_rule = pytest.mark.parametrize("rule", [*RULES.values(), direction], ids=lambda f: f.__name__)
+every_rule = pytest.mark.parametrize(
+    "rule", [*RULES.values(), direction, rounded], ids=lambda f: f.__name__
+)
 
 
 @every_rule
