@@ -222,7 +222,7 @@ def dithered(
         generator: the source of the noise.
     """
     return [
-        _to_neighbours(_local(p), _local(e), generator) if p.dtype in HALF else e
+        _to_neighbours(shard(p), shard(e), generator) if p.dtype in HALF else e
         for p, e in zip(params, rule(params, grads, rho), strict=True)
     ]
 
@@ -324,6 +324,6 @@ def _scaled(
     return [torch.where(usable.to(e.device), e, 0) for e in scaled]
 
 
-def _local(t: Tensor) -> Tensor:
-    """The shard of this process, where a tensor is sharded."""
-    return t.to_local() if hasattr(t, "to_local") else t
+def shard(t: Tensor) -> Tensor:
+    """The part of a sharded tensor (`DTensor`) that this process has; all of any other."""
+    return t.toshard() if hasattr(t, "to_local") else t
