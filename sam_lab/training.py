@@ -53,7 +53,7 @@ __all__ = [
     "evaluate",
     "late",
     "squared_error",
-    "steps",
+    "step_decay",
 ]
 
 Schedule = Callable[[float], float]
@@ -144,9 +144,9 @@ def cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def steps(factors: Mapping[float, float]) -> Schedule:
-    """A staircase: ``steps({0.3: 0.2, 0.6: 0.04})`` is a fifth of the learning rate from 30% of the
-    epochs on, and a twenty-fifth from 60% on.
+def step_decay(factors: Mapping[float, float]) -> Schedule:
+    """A staircase: ``step_decay({0.3: 0.2, 0.6: 0.04})`` is a fifth of the learning rate from 30%
+    of the epochs on, and a twenty-fifth from 60% on.
 
     Raises:
         ValueError: a key outside [0, 1], or a factor that is not above 0.
@@ -182,7 +182,7 @@ class Training:
             ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``.
         batch: examples a step. The last batch of an epoch is smaller where N does not divide.
         schedule: the factor of the learning rate in an epoch, a function of the share of the
-            epochs that are done: `constant`, `cosine`, `steps`.
+            epochs that are done: `constant`, `cosine`, `step_decay`.
         augment: ``augment(x, generator)`` changes a batch of inputs: `crop_and_flip`.
         carry: whether the state of the optimizer (momentum) survives from phase to phase. If not,
             every phase begins with an empty one, as where each phase has an optimizer of its own.
