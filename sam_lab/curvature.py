@@ -115,7 +115,7 @@ class Hessian:
 
     Args:
         closure: evaluates the loss at the current values of the parameters and returns it, a
-            scalar tensor; no `backward` inside.
+            scalar tensor; no `backward` inside. Or `objective.Batches`, as `over` makes them.
         params: leaf tensors that require grad, of one dtype on one device, such as
             `model.parameters()`. Those that the loss does not use give zero rows.
         model: the module that the closure evaluates. To be given whenever it has buffers that a
@@ -149,7 +149,7 @@ class Hessian:
 
     def __init__(
         self,
-        closure: Closure,
+        closure: Closure | Batches,
         params: Iterable[Tensor],
         model: nn.Module | None = None,
         mode: str = "auto",
@@ -193,8 +193,7 @@ class Hessian:
                 their sizes, so that a short last batch counts for what it is.
             params, model, mode: as for `Hessian`.
         """
-        data = Batches(batches, loss_fn)
-        return cls(cast(Closure, data), params, model, mode)
+        return cls(Batches(batches, loss_fn), params, model, mode)
 
     # ------------------------------------------------------------------ the operator
 
