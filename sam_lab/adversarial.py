@@ -318,12 +318,12 @@ def autoattack(
             judge.apgd.n_restarts = judge.fab.n_restarts = 1
             for targeted in (judge.apgd_targeted, judge.fab):
                 targeted.n_restarts, targeted.n_target_classes = 1, min(9, classes - 1)
-            found: Tensor = judge.run_standard_evaluation(x, y, batch_size=batch)[0]
+            attacked: Tensor = judge.run_standard_evaluation(x, y, batch_size=batch)[0]
     finally:
         sys.settrace(tracing)  # it traces a pass through the model, and then turns all tracing off
         for p, requires_grad in required:
             p.requires_grad_(requires_grad)
-    return found.detach()
+    return attacked.detach()
 
 
 # --- what attacks are for -------------------------------------------------------------------------

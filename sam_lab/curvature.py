@@ -283,18 +283,18 @@ class Hessian:
         rows = None if start is None else self._checked_start(start)
         with self._session():
             if rows is not None and max(k, len(rows)) <= max_hvps // 2:
-                found = lobpcg(self._apply, draw, rows, k, tol, max_hvps // 2)
-                if found.converged:
-                    return self._pairs(found, k, before)
+                ritz = lobpcg(self._apply, draw, rows, k, tol, max_hvps // 2)
+                if ritz.converged:
+                    return self._pairs(ritz, k, before)
             left = max_hvps - (self.hvps - before)
-            found = lanczos_top(self._apply, draw, k, tol, left)
-        if not found.converged:
-            worst = float(found.residuals[:k].max()) / (scale(found.values, self.dtype) or 1.0)
+            ritz = lanczos_top(self._apply, draw, k, tol, left)
+        if not ritz.converged:
+            worst = float(ritz.residuals[:k].max()) / (scale(ritz.values, self.dtype) or 1.0)
             _warn(
                 f"top({k=}, {tol=}) stopped after {self.hvps - before} HVPs at a relative residual "
                 f"of {worst:.1e}; raise max_hvps or tol"
             )
-        return self._pairs(found, k, before)
+        return self._pairs(ritz, k, before)
 
     def trace(
         self, tol: float = 0.1, seed: int = 0, max_hvps: int = 1000, min_hvps: int = 16
@@ -536,8 +536,8 @@ class Hessian:
             raise ValueError("start must be finite")
         return start.detach().to(device=self.device, dtype=self.dtype).T.contiguous()
 
-    def _pairs(self, found: Ritz, k: int, before: int) -> Eigenpairs:
-        values, rows, residuals, converged = found
+    def _pairs(self, ritz: Ritz, k: int, before: int) -> Eigenpairs:
+        values, rows, residuals, converged = ritz
         spent = self.hvps - before
         return Eigenpairs(values[:k], rows[:k].T, residuals[:k], spent, converged, rows.T)
 

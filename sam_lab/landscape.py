@@ -220,8 +220,8 @@ def plane(
         ]
 
     grid = torch.cartesian_prod(y, x).flip(1)
-    found = _losses(closure, model, where, grid, chunk, refresh)
-    return Plane(x, y, found.reshape(len(y), len(x)))
+    losses = _losses(closure, model, where, grid, chunk, refresh)
+    return Plane(x, y, losses.reshape(len(y), len(x)))
 
 
 def through(a: Point, b: Point, c: Point) -> Axes:
@@ -283,11 +283,12 @@ def direction(model: nn.Module, seed: int = 0) -> list[Tensor]:
     params = _parameters(model)
     generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
     drawn = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params]
-    found = filter_normalized(drawn, params)
+    normalized = filter_normalized(drawn, params)
     norms = (module for module in model.modules() if isinstance(module, NORMS))
     fixed = {id(p) for module in norms for p in module.parameters(recurse=False)}
     return [
-        torch.zeros_like(d) if id(p) in fixed else d for p, d in zip(params, found, strict=True)
+        torch.zeros_like(d) if id(p) in fixed else d
+        for p, d in zip(params, normalized, strict=True)
     ]
 
 
@@ -353,17 +354,17 @@ def _losses(
         objective = Objective(closure, params, model)
         with kept_buffers(model):
             together = torch.func.vmap(lambda *at: _scalar(objective.replaced(closure, at)))
-            found = together(*where(some))
-        if len(some) > 1 and found.stride(0) == 0:  # one number, shown as many
+            losses = together(*where(some))
+        if len(some) > 1 and losses.stride(0) == 0:  # one number, shown as many
             raise ValueError("the loss does not read its parameters from the model")
-        return found
+        return losses
 
     def measured(evaluate: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
-        found = []
+        losses = []
         for part in parts:
             reset()
-            found.append(evaluate(part).reshape(-1))
-        return torch.cat(found).cpu().double()
+            losses.append(evaluate(part).reshape(-1))
+        return torch.cat(losses).cpu().double()
 
     with torch.no_grad(), undisturbed(model, generators=generators) as reset, _kept_weights(model):
         if min(chunk, len(rows)) > 1 and gather is None:
@@ -430,11 +431,11 @@ def _tensors(name: str, value: Any) -> list[Tensor]:
     wrong = f"{name} must be a list of tensors, such as weights(model), or a flat vector (P,)"
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
         raise TypeError(f"{wrong}; got {type(value).__name__}")
-    found = list(value)
-    for i, t in enumerate(found):
+    tensors = list(value)
+    for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{wrong}; entry {i} is {type(t).__name__}")
-    return [t.detach() for t in found]
+    return [t.detach() for t in tensors]
 
 
 def _shaped(name: str, value: Point, like: Sequence[Tensor]) -> list[Tensor]:
@@ -447,15 +448,15 @@ def _shaped(name: str, value: Point, like: Sequence[Tensor]) -> list[Tensor]:
                 f"tensors; got {tuple(value.shape)}"
             )
         parts = value.detach().split(sizes)
-        found = [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+        tensors = [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
     else:
-        found = _tensors(name, value)
-    if len(found) != len(like):
-        raise ValueError(f"{name} must hold {len(like)} tensors, got {len(found)}")
-    for i, kinds in enumerate(zip(map(_kind, found), map(_kind, like), strict=True)):
+        tensors = _tensors(name, value)
+    if len(tensors) != len(like):
+        raise ValueError(f"{name} must hold {len(like)} tensors, got {len(tensors)}")
+    for i, kinds in enumerate(zip(map(_kind, tensors), map(_kind, like), strict=True)):
         if kinds[0] != kinds[1]:
             raise ValueError(f"{name}[{i}] must be {kinds[1]}, got {kinds[0]}")
-    return found
+    return tensors
 
 
 def _kind(t: Tensor) -> str:
@@ -464,16 +465,17 @@ def _kind(t: Tensor) -> str:
 
 def _numbers(name: str, value: Any) -> Tensor:
     try:
-        found = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a sequence of numbers, got {value!r:.100}") from None
-    if found.ndim != 1 or not len(found):
+    if numbers.ndim != 1 or not len(numbers):
         raise ValueError(
-            f"{name} must be a sequence of one or more numbers, got shape {tuple(found.shape)}"
+            f"{name} must be a sequence of one or more numbers, got shape {tuple(numbers.shape)}"
         )
-    if not bool(torch.isfinite(found).all()):
-        raise ValueError(f"{name} must be finite, got {found[~torch.isfinite(found)][0].item()}")
-    return found
+    wrong = numbers[~torch.isfinite(numbers)]
+    if len(wrong):
+        raise ValueError(f"{name} must be finite, got {wrong[0].item()}")
+    return numbers
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:

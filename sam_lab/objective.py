@@ -166,8 +166,8 @@ class Batches:
         self.single = count == 1
         self.batches, self.loss_fn = batches, loss_fn
         owners = (batches, getattr(batches, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
-        self.generators = [g for g in found if isinstance(g, torch.Generator)]
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        self.generators = [g for g in generators if isinstance(g, torch.Generator)]
 
     def __iter__(self) -> Iterator[tuple[int, Closure]]:
         empty = True

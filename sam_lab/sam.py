@@ -63,7 +63,7 @@ class SAM:
         sync: under DistributedDataParallel (give it as `model`), whether `step` perturbs every
             process along the gradient of the whole batch. If not, each perturbs along that of its
             own part ("m-sharpness", Foret et al. 2021), which saves one all-reduce a step. Not
-            with `static_graph=True`, which torch's `no_sync` does not bear.
+            with `static_graph=True`, which torch's `no_sync` does not support.
 
     Attributes:
         steps: how many steps the optimizer has taken since.

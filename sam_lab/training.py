@@ -480,13 +480,13 @@ def _made(
 
 
 def _checked_phases(phases: Sequence[Phase]) -> tuple[Phase, ...]:
-    found = tuple(phases) if isinstance(phases, Iterable) else ()
-    if not found or not all(isinstance(phase, Phase) for phase in found):
+    listed = tuple(phases) if isinstance(phases, Iterable) else ()
+    if not listed or not all(isinstance(phase, Phase) for phase in listed):
         raise ValueError(f"phases must be a list of one Phase or more, got {phases!r:.80}")
-    if found[0].start != 0 or any(one.stop != two.start for one, two in pairwise(found)):
-        spans = ", ".join(f"[{phase.start}, {phase.stop})" for phase in found)
+    if listed[0].start != 0 or any(one.stop != two.start for one, two in pairwise(listed)):
+        spans = ", ".join(f"[{phase.start}, {phase.stop})" for phase in listed)
         raise ValueError(f"phases must follow each other from epoch 0 without a gap, got {spans}")
-    return found
+    return listed
 
 
 # --- without phases -------------------------------------------------------------------------------
