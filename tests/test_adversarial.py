@@ -538,16 +538,18 @@ def test_the_global_generator_goes_on_too_where_it_is_given():
 
 
 class Noisy(nn.Module):
-    """Draws from every global generator, in each mode, and fails at one of its calls."""
+    """Draws and writes to its buffer in each mode, and fails at one of its calls."""
 
     def __init__(self, fails_at=None):
         super().__init__()
         self.calls, self.fails_at = 0, fails_at
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
         if self.calls == self.fails_at:
             raise Failure
         self.calls += 1
+        self.seen += 1
         noise = random.random() + np.random.rand() + torch.rand(x.shape)
         return x + 1e-6 * noise
 

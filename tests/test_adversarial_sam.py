@@ -1,4 +1,4 @@
-"""Weights and inputs at once: the rule, the runs against runs made by hand, and the claims."""
+"""Weights and inputs at once: the runs against runs made by hand, and the claims."""
 
 import dataclasses
 from functools import partial
@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from sam_lab import SAM, Hessian, experiments
+from sam_lab import Hessian, experiments
 from sam_lab.adversarial import Threat, pgd, robust_accuracy
 from sam_lab.experiments import adversarial_sam, robustness
-from sam_lab.experiments.adversarial_sam import awp
 from sam_lab.experiments.core import Result, Run
-from sam_lab.perturbations import global_norm, sam
+from sam_lab.perturbations import awp, global_norm, sam
 from sam_lab.training import Phase, evaluate
 
 TINY = dataclasses.replace(
@@ -47,42 +46,6 @@ def light_judges(monkeypatch):
         "autoattack",
         lambda model, x, y, *, threat, attacks, seed: pgd(model, x, y, threat, steps=5),
     )
-
-
-# --- the rule -------------------------------------------------------------------------------------
-
-
-def test_each_weight_has_a_ball_as_large_as_it_is_long():
-    w1, w2 = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0], [2.0]])
-    g1, g2 = torch.tensor([[0.0, -7.0]]), torch.tensor([[30.0], [40.0]])
-    e1, e2 = awp([w1, w2], [g1, g2], 0.1)
-    torch.testing.assert_close(e1, torch.tensor([[0.0, -0.5]]))
-    torch.testing.assert_close(e2, torch.tensor([[0.12], [0.16]]))
-    one, two = awp([w1, w2], [g1, g2], [0.1, 0.2])
-    torch.testing.assert_close(one, e1)
-    torch.testing.assert_close(two, 2 * e2)
-
-
-def test_biases_and_scales_stay_where_they_are():
-    bias, grad = torch.ones(3), torch.ones(3)
-    assert awp([bias], [grad], 0.1)[0].tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_without_a_usable_gradient_a_weight_stays(bad):
-    w = torch.ones(2, 2)
-    assert awp([w], [torch.full((2, 2), bad)], 0.1)[0].tolist() == [[0, 0], [0, 0]]
-
-
-def test_the_rule_works_inside_sam_and_is_undone():
-    model = nn.Linear(3, 2)
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), 0.1, rule=awp)
-    before = model.weight.detach().clone()
-    model(torch.ones(1, 3)).square().sum().backward()
-    with optimizer.perturbed():
-        moved = (model.weight - before).norm() / before.norm()
-        assert moved.item() == pytest.approx(0.1, rel=1e-5)
-    assert torch.equal(model.weight, before)
 
 
 # --- the runs -------------------------------------------------------------------------------------

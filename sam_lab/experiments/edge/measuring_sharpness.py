@@ -44,7 +44,6 @@ __all__ = [
     "spectra",
 ]
 
-Closure = Callable[[], Tensor]
 Tick = Callable[[int, int], Any]
 
 STUDIES = ("edge", "batches", "trace", "rescaling", "outliers")

@@ -17,7 +17,7 @@ cross-entropy of the examples as they are, and that of the attacked examples, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from sam_lab.experiments import late_adversarial, networks
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
 from sam_lab.experiments.robustness import input_gradient, two_judges
 from sam_lab.experiments.statistics import each_seed
-from sam_lab.perturbations import Radius, Rule, global_norm, is_weight, sam, steepest
+from sam_lab.perturbations import Rule, awp, global_norm, sam
 from sam_lab.training import Phase, Training, evaluate
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "Config",
     "adversarial",
     "against_rho",
-    "awp",
     "prepare",
     "run",
     "settings",
@@ -50,26 +49,6 @@ WU = "Wu et al. 2020"
 HERE = "this book"
 
 WATCH = 10  # steps of the attack that measures gaps and chooses radii
-
-
-def awp(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
-    r"""Adversarial weight perturbation: $\epsilon_l = \gamma \|w_l\| g_l / \|g_l\|$ for a weight.
-
-    A `perturbations.Rule`. Each weight has a ball of its own, as large as the weight is long, times
-    $\gamma$ (here `rho`); biases and the scales of norm layers are left where they are.
-
-    Source: Wu et al. 2020 (arXiv:2004.05884), with one step of the ascent, as in their code.
-
-    Example:
-        >>> w, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])
-        >>> awp([w], [g], rho=0.1)
-        [tensor([[0.0000, 0.5000]])]
-    """
-    radii = rho if isinstance(rho, Sequence) else [rho] * len(grads)
-    return [
-        steepest([g], radius, global_norm([g]))[0] * (global_norm([w]) if is_weight(w) else 0)
-        for w, g, radius in zip(params, grads, radii, strict=True)
-    ]
 
 
 RULES: dict[str, Rule] = {"sam": sam, "awp": awp}

@@ -35,7 +35,7 @@ from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
 from sam_lab.experiments.robustness import two_judges
 from sam_lab.experiments.statistics import each_seed
 from sam_lab.experiments.switching import base
-from sam_lab.training import Training, steps
+from sam_lab.training import Training, step_decay
 
 __all__ = ["Config", "curves", "prepare", "rise", "run", "settings"]
 
@@ -100,7 +100,7 @@ def prepare(
     }
     training, found = adversarial_sam.prepare(about, how, seed, device)
     training.x, training.y = found.x[:examples], found.y[:examples]
-    training.schedule = steps({at: 0.1**k for k, at in enumerate(config.drops, 1)})
+    training.schedule = step_decay({at: 0.1**k for k, at in enumerate(config.drops, 1)})
     return training, found
 
 

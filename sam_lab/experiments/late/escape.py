@@ -45,6 +45,7 @@ from sam_lab import data, models
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
 from sam_lab.experiments.sam_on_quadratics import taylor
 from sam_lab.experiments.statistics import each_seed, farthest_from_one
+from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule, random_direction, sam, unnormalized
 from sam_lab.sam import SAM
 from sam_lab.stability import growth, sam_edge
@@ -62,7 +63,6 @@ RULES: dict[str, Rule] = {
 COLUMNS = ("step", "loss", "typical", "highest", "grad_norm", "along", "distance", "sharpness")
 """What `follow` records."""
 
-Loss = Callable[[], Tensor]
 Tick = Callable[[int, int], None]
 
 
@@ -174,10 +174,10 @@ def problem(
 
 def batches(
     model: nn.Module, x: Tensor, y: Tensor, size: int | None, generator: torch.Generator
-) -> Iterator[Loss]:
+) -> Iterator[Closure]:
     """Without end, the loss on one batch after another; with size None each time on all data."""
 
-    def on(inputs: Tensor, labels: Tensor) -> Loss:
+    def on(inputs: Tensor, labels: Tensor) -> Closure:
         return lambda: squared_error(model(inputs), labels)
 
     while True:
@@ -215,7 +215,7 @@ def set_weights(model: nn.Module, weights: Sequence[Tensor]) -> None:
 # --- from the switch on --------------------------------------------------------------------------
 
 
-def ascend(loss: Loss, params: Sequence[Tensor], rho: float) -> None:
+def ascend(loss: Closure, params: Sequence[Tensor], rho: float) -> None:
     """A step of length rho along the gradient, in place: SAM's perturbation, never taken back."""
     grads = torch.autograd.grad(loss(), params)
     with torch.no_grad():
@@ -233,7 +233,7 @@ def measured_steps(steps: int, dense: int, moments: int) -> list[int]:
 
 def follow(
     step: Callable[[], Any],
-    loss: Loss,
+    loss: Closure,
     params: Sequence[Tensor],
     moments: Sequence[int],
     tol: float = 1e-2,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
-from sam_lab.training import Phase, Schedule, Training, constant, early, late, steps
+from sam_lab.training import Phase, Schedule, Training, constant, early, late, step_decay
 
 __all__ = [
     "SCHEDULES",
@@ -29,9 +29,9 @@ __all__ = [
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
     # the schedule of the paper's code for its wide networks
-    "steps": steps({0.3: 0.2, 0.6: 0.04}),
+    "steps": step_decay({0.3: 0.2, 0.6: 0.04}),
     # what a practitioner would do: the late phase at the full rate, then a short one at a small
-    "drop": steps({0.9: 0.1}),
+    "drop": step_decay({0.9: 0.1}),
 }
 
 

@@ -52,6 +52,7 @@ from sam_lab.curvature import Hessian
 from sam_lab.experiments.at_the_edge import follow, ratio
 from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
 from sam_lab.experiments.statistics import each_seed, farthest_from_one, late, late_median
+from sam_lab.objective import Closure
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
@@ -60,7 +61,6 @@ BARTLETT = "Bartlett, Long & Bousquet 2022"
 LONG_BARTLETT = "Long & Bartlett 2024"
 KEPT = ("step", "loss", "sharpness", "grad_norm", "sam_edge", "grad_align")
 
-Loss = Callable[[], Tensor]
 Tick = Callable[[int, int], None]
 
 
@@ -192,7 +192,7 @@ def quadratic(
     coordinates: Tensor,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
-) -> tuple[Loss, Tensor, Tensor]:
+) -> tuple[Closure, Tensor, Tensor]:
     """The loss w.Hw / 2 with these eigenvalues, in a random orthonormal basis.
 
     The basis matters for rounding alone: in that of the eigenvectors a component that has died out
@@ -278,7 +278,7 @@ class _Product(torch.autograd.Function):
         return _Product.apply(grad, ctx.H), None
 
 
-def taylor(loss: Loss, params: Sequence[Tensor]) -> tuple[list[Tensor], Loss]:
+def taylor(loss: Closure, params: Sequence[Tensor]) -> tuple[list[Tensor], Closure]:
     """The second-order model of a loss around the weights now, by exact Hessian-vector products.
 
     Where the Hessian has negative eigenvalues the model falls without bound along them. The

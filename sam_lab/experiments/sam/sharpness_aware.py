@@ -39,6 +39,7 @@ from sam_lab.experiments.claims import Claim, Criterion
 from sam_lab.experiments.core import Experiment
 from sam_lab.experiments.measuring_sharpness import network, rescale
 from sam_lab.experiments.result import Result
+from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule, asam, random_direction, sam
 from sam_lab.sam import SAM
 from sam_lab.training import descend, squared_error
@@ -63,7 +64,6 @@ __all__ = [
     "train",
 ]
 
-Closure = Callable[[], Tensor]
 Tick = Callable[[int, int], Any]
 
 PROBES = 64  # random vectors behind a trace
