@@ -175,7 +175,8 @@ def test_the_book_has_buttons_with_an_address_and_none_without(tmp_path):
     (tmp_path / "_toc.yml").write_text(toc, encoding="utf-8")
     for name in ("index", "01_one"):
         cells = [new_markdown_cell(f"# {name}\n\nWords."), new_code_cell("6 * 7")]
-        (tmp_path / "book" / f"{name}.ipynb").write_text(book.dumps(new_notebook(cells=cells)))
+        notebook = book.clean(new_notebook(cells=cells))
+        (tmp_path / "book" / f"{name}.ipynb").write_text(book.dumps(notebook), encoding="utf-8")
 
     def links() -> set[str]:
         book.render(tmp_path)
