@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book html notebooks test lint types bench clean
+.PHONY: help book html notebooks test lint types bench address clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of"
@@ -42,6 +42,9 @@ types: $(STAMP) ## mypy on the library
 
 bench: $(BENCH) ## measure the curvature tools, SAM and attacks against peers, in about 20 minutes
 	@$(BIN)/python -m benchmarks
+
+address: $(STAMP) ## write the address of the repository everywhere: URL=…, else that of origin
+	@$(BIN)/python tools/address.py $(if $(filter command,$(origin URL)),'$(URL)')
 
 clean: ## remove what was built; .venv stays
 	rm -rf _build .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

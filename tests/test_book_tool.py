@@ -14,10 +14,10 @@ title: A book
 author: Somebody
 only_build_toc_files: true
 execute: {execute_notebooks: "off"}
-repository: {url: https://github.com/some/where, branch: trunk}
+repository: {url: https://github.com/pytorch/pytorch, branch: trunk}
 """
 TOC = "format: jb-book\nroot: book/index\nchapters:\n- file: book/01_one\n"
-SETUP = "# The marker\nREPOSITORY, BRANCH, FOLDER = '{url}', '{branch}', '{name}'\n"
+SETUP = "# The marker\nREPOSITORY, BRANCH = '{url}', '{branch}'\n"
 
 
 def cells(*sources: str) -> nbformat.NotebookNode:
@@ -75,9 +75,22 @@ def test_a_page_that_is_listed_but_not_there_is_named(project):
         book.pages(project.root)
 
 
-def test_the_first_cell_carries_the_configured_address(project):
-    words = "'https://github.com/some/where', 'trunk', 'where'"
-    assert book.first_cell(project.root) == f"# The marker\nREPOSITORY, BRANCH, FOLDER = {words}"
+def test_the_first_cell_carries_the_configured_address_or_another_one(project):
+    start = "# The marker\nREPOSITORY, BRANCH = "
+    configured = f"{start}'https://github.com/pytorch/pytorch', 'trunk'"
+    assert book.first_cell(project.root) == configured
+    assert (
+        book.first_cell(project.root, "file:///srv/book") == f"{start}'file:///srv/book', 'trunk'"
+    )
+    assert book.first_cell(project.root, "") == f"{start}'', 'trunk'"
+
+
+def test_a_page_has_the_title_that_its_first_heading_gives(project):
+    assert book.title(project.name, project.root) == "One"
+    assert book.title(Path("book/index.md"), project.root) == "A book"
+    (project.root / "book" / "index.md").write_text("Words, and ## no heading.\n")
+    with pytest.raises(book.BookError, match=r"book/index\.md has no title"):
+        book.title(Path("book/index.md"), project.root)
 
 
 def test_stamping_inserts_the_first_cell_once_and_replaces_an_older_one():

@@ -94,13 +94,29 @@ def notebooks(root: Path = ROOT) -> list[Path]:
     return [page for page in pages(root) if page.suffix == ".ipynb"]
 
 
-def first_cell(root: Path = ROOT) -> str:
-    """The first code cell of every notebook, with the repository address of ``_config.yml``."""
+def title(page: Path, root: Path = ROOT) -> str:
+    """The first heading of a page."""
+    if page.suffix == ".ipynb":
+        prose = [cell.source for cell in read(root / page).cells if cell.cell_type == "markdown"]
+    else:
+        prose = [(root / page).read_text(encoding="utf-8")]
+    found = re.search(r"^# +(.+)$", "\n".join(prose), flags=re.MULTILINE)
+    if not found:
+        raise BookError(f"{page} has no title: no line that begins with one # and a space")
+    return found[1]
+
+
+def first_cell(root: Path = ROOT, address: str | None = None) -> str:
+    """The first code cell of every notebook.
+
+    Args:
+        address: where the cell clones from outside a checkout, anything that git understands; empty
+            for nowhere. By default the address in ``_config.yml``.
+    """
     repository = configuration(root)["repository"]
     template = (root / "book" / "_template" / "first_cell.py.in").read_text(encoding="utf-8")
-    url = repository["url"]
-    filled = template.replace("{url}", url).replace("{branch}", repository["branch"])
-    return filled.replace("{name}", url.rstrip("/").rsplit("/", 1)[-1]).rstrip("\n")
+    url = repository["url"] if address is None else address
+    return template.replace("{url}", url).replace("{branch}", repository["branch"]).rstrip("\n")
 
 
 def read(path: Path) -> NotebookNode:
