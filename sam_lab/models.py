@@ -66,7 +66,7 @@ def mlp(
             layers.append(nn.Linear(fan_in, fan_out))
             layers += [nn.BatchNorm1d(fan_out)] if normed else []
             layers.append(act())
-        return [*layers, nn.Linear(*sizes[-2:])]
+        return [*layers, nn.Linear(sizes[-2], sizes[-1])]
 
     return _initialised(build, init, seed).to(device, dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sam_lab import data, models
 from sam_lab.curvature import Hessian
+from sam_lab.data import Dataset
 from sam_lab.training import LossFn, Phase, Training, crop_and_flip
 
 __all__ = ["CIFAR", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
@@ -68,7 +69,7 @@ class Recipe:
         """The same recipe with something changed."""
         return dataclasses.replace(self, **changed)
 
-    def dataset(self, seed: int = 0, device: torch.device | str = "cpu") -> data.Dataset:
+    def dataset(self, seed: int = 0, device: torch.device | str = "cpu") -> Dataset:
         """The data that a run with this seed has.
 
         Raises:
@@ -84,7 +85,7 @@ class Recipe:
 
     def network(
         self,
-        dataset: data.Dataset,
+        dataset: Dataset,
         seed: int = 0,
         device: torch.device | str = "cpu",
         *,
@@ -107,7 +108,7 @@ class Recipe:
         return nn.Sequential(models.Normalize(mean.tolist(), std.tolist()).to(device), net)
 
     def _network(
-        self, dataset: data.Dataset, seed: int, device: torch.device | str, norm: str
+        self, dataset: Dataset, seed: int, device: torch.device | str, norm: str
     ) -> nn.Module:
         shape, classes = dataset.x.shape[1:], dataset.classes
         if self.hidden:
@@ -140,7 +141,7 @@ class Recipe:
         weights: int | None = None,
         order: int | None = None,
         **how: Any,
-    ) -> tuple[Training, data.Dataset]:
+    ) -> tuple[Training, Dataset]:
         """A run before its first epoch, and its data.
 
         Args:
