@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,6 +136,7 @@ class Recipe:
         seed: int = 0,
         device: torch.device | str = "cpu",
         *,
+        phases: Sequence[Phase] | None = None,
         examples: int | None = None,
         weight_decay: float | None = None,
         norm: str = "none",
@@ -145,13 +147,13 @@ class Recipe:
         """A run before its first epoch, and its data.
 
         Args:
+            phases: of the training; SGD alone unless given.
             examples: how many of the training set are trained on; all unless given.
             weight_decay: another than the recipe's.
             norm: of the network, see `network`.
             weights, order: seeds of their own for the initial weights, and for the order of the
                 examples and all else that the epochs draw; `seed` unless given.
-            how: what `Training` takes besides: `phases` (SGD alone unless given), `schedule`,
-                `loss_fn`, `carry`.
+            how: what `Training` takes besides: `schedule`, `loss_fn`, `carry`.
 
         Raises:
             ValueError: an unknown data set, more examples than there are, or a norm that the
@@ -170,7 +172,7 @@ class Recipe:
             dataset.x[few],
             dataset.y[few],
             optimizer,
-            how.pop("phases", [Phase(0, self.epochs)]),
+            [Phase(0, self.epochs)] if phases is None else phases,
             batch=self.batch,
             augment=crop_and_flip() if self.augment else None,
             seed=seed if order is None else order,

@@ -88,11 +88,13 @@ def settings(config: Config) -> list[Setting]:
     return [{"batchnorm": batchnorm} for batchnorm in config.batchnorm]
 
 
-def prepare(config: Config, cell: Cell, **seeds: int) -> tuple[Training, data.Dataset]:
+def prepare(
+    config: Config, cell: Cell, *, weights: int | None = None, order: int | None = None
+) -> tuple[Training, data.Dataset]:
     """SGD before its first epoch, and its data.
 
     Args:
-        seeds: `weights` and `order`, where they have one of their own (see `Recipe.training`).
+        weights, order: seeds of their own, as `Recipe.training` takes them.
 
     Raises:
         ValueError: an unknown data set, or more examples than there are.
@@ -102,7 +104,8 @@ def prepare(config: Config, cell: Cell, **seeds: int) -> tuple[Training, data.Da
         cell.device,
         loss_fn=nn.CrossEntropyLoss(label_smoothing=config.smoothing),
         norm="batch" if cell["batchnorm"] else "none",
-        **seeds,
+        weights=weights,
+        order=order,
     )
 
 
