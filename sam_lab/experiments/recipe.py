@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sam_lab import data, models
 from sam_lab.curvature import Hessian
+from sam_lab.data import Dataset
 from sam_lab.training import LossFn, Phase, Training, crop_and_flip
 
 __all__ = ["CIFAR", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
@@ -68,7 +70,7 @@ class Recipe:
         """The same recipe with something changed."""
         return dataclasses.replace(self, **changed)
 
-    def dataset(self, seed: int = 0, device: torch.device | str = "cpu") -> data.Dataset:
+    def dataset(self, seed: int = 0, device: torch.device | str = "cpu") -> Dataset:
         """The data that a run with this seed has.
 
         Raises:
@@ -83,21 +85,36 @@ class Recipe:
         )
 
     def network(
-        self, dataset: data.Dataset, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        dataset: Dataset,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        norm: str = "none",
     ) -> nn.Module:
         """A new network for the inputs and classes of the data; a wide residual one has its weights
-        with the channels last."""
-        net = self._network(dataset, seed, device)
+        with the channels last.
+
+        Args:
+            norm: that of `models.mlp` or `models.cnn`; a wide residual network has batch norm
+                whatever it is.
+
+        Raises:
+            ValueError: a norm that the network cannot have.
+        """
+        net = self._network(dataset, seed, device, norm)
         if self.standardize != "network":
             return net
         std, mean = torch.std_mean(dataset.x, (0, 2, 3))
         return nn.Sequential(models.Normalize(mean.tolist(), std.tolist()).to(device), net)
 
-    def _network(self, dataset: data.Dataset, seed: int, device: torch.device | str) -> nn.Module:
+    def _network(
+        self, dataset: Dataset, seed: int, device: torch.device | str, norm: str
+    ) -> nn.Module:
         shape, classes = dataset.x.shape[1:], dataset.classes
         if self.hidden:
             sizes = (shape.numel(), *self.hidden, classes)
-            return models.mlp(sizes, "relu", seed=seed, device=device)
+            return models.mlp(sizes, "relu", norm=norm, seed=seed, device=device)
         if self.channels:
             return models.cnn(
                 shape,
@@ -105,6 +122,7 @@ class Recipe:
                 "relu",
                 widths=self.channels,
                 pooling="max",
+                norm=norm,
                 seed=seed,
                 device=device,
             )
@@ -118,20 +136,28 @@ class Recipe:
         seed: int = 0,
         device: torch.device | str = "cpu",
         *,
+        phases: Sequence[Phase] | None = None,
         examples: int | None = None,
         weight_decay: float | None = None,
+        norm: str = "none",
+        weights: int | None = None,
+        order: int | None = None,
         **how: Any,
-    ) -> tuple[Training, data.Dataset]:
+    ) -> tuple[Training, Dataset]:
         """A run before its first epoch, and its data.
 
         Args:
+            phases: of the training; SGD alone unless given.
             examples: how many of the training set are trained on; all unless given.
             weight_decay: another than the recipe's.
-            how: what `Training` takes besides: `phases` (SGD alone unless given), `schedule`,
-                `loss_fn`, `carry`.
+            norm: of the network, see `network`.
+            weights, order: seeds of their own for the initial weights, and for the order of the
+                examples and all else that the epochs draw; `seed` unless given.
+            how: what `Training` takes besides: `schedule`, `loss_fn`, `carry`.
 
         Raises:
-            ValueError: an unknown data set, or more examples than there are.
+            ValueError: an unknown data set, more examples than there are, or a norm that the
+                network cannot have.
         """
         dataset = self.dataset(seed, device)
         few = slice(examples)
@@ -142,14 +168,14 @@ class Recipe:
             weight_decay=self.weight_decay if weight_decay is None else weight_decay,
         )
         training = Training(
-            self.network(dataset, seed, device),
+            self.network(dataset, seed if weights is None else weights, device, norm=norm),
             dataset.x[few],
             dataset.y[few],
             optimizer,
-            how.pop("phases", [Phase(0, self.epochs)]),
+            [Phase(0, self.epochs)] if phases is None else phases,
             batch=self.batch,
             augment=crop_and_flip() if self.augment else None,
-            seed=seed,
+            seed=seed if order is None else order,
             **how,
         )
         return training, dataset
@@ -162,6 +188,10 @@ class Recipe:
         """The Hessian over the examined examples, of the loss of training unless another is given;
         puts the model into evaluation mode."""
         return hessian(training.model, *self.examined(training), loss_fn or training.loss_fn)
+
+    def sharpness(self, training: Training, loss_fn: LossFn | None = None) -> float:
+        """The top eigenvalue of that Hessian."""
+        return float(self.hessian(training, loss_fn).top(tol=self.tol).values[0])
 
 
 def hessian(

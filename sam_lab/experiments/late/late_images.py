@@ -9,43 +9,19 @@ network.
 
 from __future__ import annotations
 
-import dataclasses
+from sam_lab.experiments.lab.experiment import Experiment
+from sam_lab.experiments.late import late_phase
+from sam_lab.experiments.recipe import CIFAR, CIFAR_TENTH, DIGITS
 
-from sam_lab.experiments import late_phase
-from sam_lab.experiments.core import Experiment
-
-LAPTOP = late_phase.Config(
-    data="mnist_5k",
-    train=4000,
-    test=1000,
-    hidden=(200, 200),
-    epochs=40,
-)
-DESKTOP = late_phase.Config(
-    data="cifar10",
-    train=5000,
-    test=10_000,
-    depth=10,
-    width=1,
-    stride=2,
-    epochs=40,
-    lr=0.1,
-    tol=5e-2,
-    trace_tol=0.15,
-)
+LAPTOP = late_phase.Config(DIGITS.but(standardize="data", tol=2e-2))
+DESKTOP = late_phase.Config(CIFAR_TENTH.but(standardize="data", test=10_000), trace_tol=0.15)
 # Radius, epochs, batch, smoothing and weight decay are the usual ones for this network; the paper's
 # own values for each network are not in its code.
-PAPER = dataclasses.replace(
-    DESKTOP,
-    train=50_000,
-    depth=16,
-    width=8,
-    stride=1,
-    augment=True,
-    epochs=200,
+PAPER = late_phase.Config(
+    CIFAR.but(standardize="data", epochs=200, measured=5000),
     late=(0.5, 0.75, 0.875, 0.9, 0.95, 0.975),
     rhos=(0.05,),
-    measured=5000,
+    trace_tol=0.15,
 )
 
 EXPERIMENT = Experiment(
@@ -55,5 +31,5 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
     settings=late_phase.settings,
     run=late_phase.run,
-    claims=late_phase.claims(),
+    claims=late_phase.CLAIMS,
 )

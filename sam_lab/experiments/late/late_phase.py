@@ -16,36 +16,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sam_lab import data, landscape
-from sam_lab.curvature import Hessian
-from sam_lab.experiments import networks
-from sam_lab.experiments.core import Claim, Criterion, Result, Run
-from sam_lab.experiments.statistics import each_seed, farthest_from_one
-from sam_lab.experiments.switching import (
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
+from sam_lab.experiments.lab.experiment import Cell
+from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import farthest_from_one
+from sam_lab.experiments.late.switching import (
     SCHEDULES,
-    base,
     branches,
     ends,
     off_the_clock,
     reached,
     summed_lr,
 )
+from sam_lab.experiments.recipe import Recipe
 from sam_lab.perturbations import global_norm
-from sam_lab.training import LossFn, Phase, Training, crop_and_flip, evaluate
+from sam_lab.training import Training, evaluate
 
 __all__ = [
+    "CLAIMS",
+    "FACTOR_CLAIMS",
     "Config",
-    "claims",
-    "factor_claims",
-    "fallen",
-    "hessian",
+    "against_summed_lr",
     "late_over_sgd",
     "objective",
     "prepare",
@@ -53,8 +50,9 @@ __all__ = [
     "settings",
 ]
 
-ZHOU = "Zhou et al. 2025"
-HERE = "this book"
+ZHOU, AFTER_ZHOU = Source("Zhou et al. 2025", "paper"), Source("Zhou et al. 2025", "after")
+SHARPNESS = "sharpness_objective"
+SGD_ONLY, SAM_ONLY = ("sgd",), ("full",)  # as `switching.ends` takes them
 
 
 @dataclass(frozen=True)
@@ -62,47 +60,26 @@ class Config:
     """What is run.
 
     Attributes:
-        data, train, test: the data set, and how many examples of it.
-        hidden: widths of a fully connected network's hidden layers; empty for a wide residual
-            network.
-        depth, width, stride: of the wide residual network (see `models.wide_resnet`).
-        augment: whether images are shifted and mirrored.
-        epochs, batch, lr, momentum, weight_decay: of SGD.
+        recipe: data, network and SGD.
         late, early: at which share of the epochs runs switch to SAM, or away from it.
         schedules, rhos, smoothings, carried: the factors; the first entry of each is the base's.
             `carried`: whether momentum survives the switch.
-        measured: training examples over which the Hessian is taken.
-        tol, trace_tol: of the top eigenvalue (relative residual) and of the trace (relative
-            standard error).
+        trace_tol: of the trace, relative standard error.
         points: on the line from the switch to the end.
     """
 
-    data: str
-    train: int
-    test: int
-    hidden: tuple[int, ...] = ()
-    depth: int = 10
-    width: int = 1
-    stride: int = 1
-    augment: bool = False
-    epochs: int = 80
-    batch: int = 128
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    recipe: Recipe
     late: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95)
     early: tuple[float, ...] = (0.5, 0.9)
     schedules: tuple[str, ...] = ("constant", "steps")
     rhos: tuple[float, ...] = (0.1,)
     smoothings: tuple[float, ...] = (0.1,)
     carried: tuple[bool, ...] = (True,)
-    measured: int = 1000
-    tol: float = 2e-2
     trace_tol: float = 0.1
     points: int = 11
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
+def settings(config: Config) -> list[Setting]:
     """The base, and every setting that differs from it in one factor."""
     factors: dict[str, Sequence[Any]] = {
         "schedule": config.schedules,
@@ -115,55 +92,29 @@ def settings(config: Config) -> list[dict[str, Any]]:
     return [base, *changed]
 
 
-def prepare(
-    config: Config, setting: dict[str, Any], seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Training, data.Dataset]:
+def prepare(config: Config, cell: Cell, **how: Any) -> tuple[Training, data.Dataset]:
     """A run before its first epoch, of SGD throughout, and its data.
+
+    Args:
+        how: what else `Recipe.training` takes.
 
     Raises:
         ValueError: an unknown data set or schedule, or more examples than there are.
     """
-    found = data.load(config.data, train=config.train, test=config.test, seed=seed, device=device)
-    if config.data != "mnist1d":  # which its generator has standardised
-        found = _standardized(found)
-    if setting["schedule"] not in SCHEDULES:
+    if cell["schedule"] not in SCHEDULES:
         known = ", ".join(SCHEDULES)
-        raise ValueError(f"schedule must be one of {known}, got {setting['schedule']!r}")
-    optimizer = partial(
-        torch.optim.SGD,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        raise ValueError(f"schedule must be one of {known}, got {cell['schedule']!r}")
+    return config.recipe.training(
+        cell.seed,
+        cell.device,
+        loss_fn=nn.CrossEntropyLoss(label_smoothing=cell["smoothing"]),
+        schedule=SCHEDULES[cell["schedule"]],
+        carry=cell["carried"],
+        **how,
     )
-    training = Training(
-        networks.build(config, found, seed, device),
-        found.x,
-        found.y,
-        optimizer,
-        [Phase(0, config.epochs)],
-        loss_fn=nn.CrossEntropyLoss(label_smoothing=setting["smoothing"]),
-        batch=config.batch,
-        schedule=SCHEDULES[setting["schedule"]],
-        augment=crop_and_flip() if config.augment else None,
-        carry=setting["carried"],
-        seed=seed,
-    )
-    return training, found
 
 
-def _standardized(found: data.Dataset) -> data.Dataset:
-    """Both sets less the training set's mean, over its standard deviation, a channel each."""
-    std, mean = torch.std_mean(found.x, (0, 2, 3), keepdim=True)
-    return dataclasses.replace(found, x=(found.x - mean) / std, x_test=(found.x_test - mean) / std)
-
-
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def run(config: Config, cell: Cell) -> Columns:
     """All switching times of one setting.
 
     Returns:
@@ -179,301 +130,99 @@ def run(
         ValueError: shares of the epochs in `late` or `early` that fall on one epoch, or on none
             that can be switched at.
     """
-    start, found = prepare(config, setting, seed, device)
-    how = {"rho": setting["rho"]}
-    rows = []
-    for interval, switch, end in branches(start, config.late, config.early, how, progress):
+    start, dataset = prepare(config, cell)
+    how = {"rho": cell["rho"]}
+    rows = Rows()
+    for interval, switch, end in branches(start, config.late, config.early, how, cell.tick):
         way = dict.fromkeys(_WAY, float("nan")) if switch is None else _way(switch, end, config)
-        rows.append(interval | _end(end, found, config) | way)
-    return {name: [row[name] for row in rows] for name in rows[0]}
+        rows.add(**interval, **_end(end, dataset, config), **way)
+    return rows.columns
 
 
 _WAY = ("distance", "barrier", "switch_objective", "switch_sharpness")
 
 
-def objective(training: Training, config: Config) -> Callable[[], Tensor]:
-    """The loss of training over the examples that are measured, in the model's present mode."""
-    x, y = training.x[: config.measured], training.y[: config.measured]
+def objective(training: Training, recipe: Recipe) -> Callable[[], Tensor]:
+    """The loss of training over the examined examples, a closure; in the model's present mode."""
+    x, y = recipe.examined(training)
     return lambda: training.loss_fn(training.model(x), y)
 
 
-def hessian(training: Training, config: Config, loss_fn: LossFn | None = None) -> Hessian:
-    """The Hessian over the examples that are measured; puts the model into evaluation mode.
-
-    Args:
-        loss_fn: ``loss_fn(outputs, labels)``; that of training unless given.
-    """
-    few = slice(config.measured)
-    return networks.hessian(
-        training.model, training.x[few], training.y[few], loss_fn or training.loss_fn
-    )
-
-
-def _end(training: Training, found: data.Dataset, config: Config) -> dict[str, float]:
+def _end(training: Training, dataset: data.Dataset, config: Config) -> dict[str, float]:
     """What is measured at the end of a run."""
-    model = training.model
-    train_loss, train_error = evaluate(model, found.x, found.y)
-    test_loss, test_error = evaluate(model, found.x_test, found.y_test)
-    plain = hessian(training, config, nn.functional.cross_entropy)
-    trace = plain.trace(tol=config.trace_tol)
+    model, recipe = training.model, config.recipe
+    cross_entropy = nn.functional.cross_entropy
+    train_loss, train_error = evaluate(model, dataset.x, dataset.y)
+    test_loss, test_error = evaluate(model, dataset.x_test, dataset.y_test)
+    trace = recipe.hessian(training, cross_entropy).trace(tol=config.trace_tol)
     return {
         "passes": training.history[-1]["passes"],
-        "objective": evaluate(model, found.x, found.y, training.loss_fn)[0],
+        "objective": evaluate(model, dataset.x, dataset.y, training.loss_fn)[0],
         "train_loss": train_loss,
         "train_error": train_error,
         "test_loss": test_loss,
         "test_error": test_error,
-        "sharpness_objective": _sharpness(hessian(training, config), config),
-        "sharpness": _sharpness(plain, config),
+        "sharpness_objective": recipe.sharpness(training),
+        "sharpness": recipe.sharpness(training, cross_entropy),
         "trace": trace.value,
         "trace_stderr": trace.stderr,
         "norm": float(global_norm(list(model.parameters()))),
     }
 
 
-def _sharpness(H: Hessian, config: Config) -> float:
-    return float(H.top(tol=config.tol).values[0])
-
-
 def _way(switch: Training, end: Training, config: Config) -> dict[str, float]:
     """What lies between the switch and the end."""
+    recipe = config.recipe
     before, after = landscape.weights(switch.model), landscape.weights(end.model)
-    H = hessian(switch, config)
     end.model.eval()
     line = landscape.line(
-        objective(end, config),
+        objective(end, recipe),
         end.model,
         before,
         after,
         config.points,
-        refresh=end.x[: config.measured].split(1000),
+        refresh=recipe.examined(end)[0].split(1000),
     )
     apart = [two - one for one, two in zip(before, after, strict=True)]
     return {
         "distance": float(global_norm(apart)),
         "barrier": line.barrier,
-        "switch_objective": H.loss(),
-        "switch_sharpness": _sharpness(H, config),
+        "switch_objective": recipe.hessian(switch).loss(),
+        "switch_sharpness": recipe.sharpness(switch),
     }
 
 
-# --- what the runs decide -------------------------------------------------------------------------
-
-
-def _reached(run: Run, method: str, share: float, name: str = "sharpness_objective") -> float:
-    return reached(run, name, method, share, log=True)
-
+# --- what has been run ----------------------------------------------------------------------------
 
 LATE = 0.9  # the share of the epochs that the claims about late SAM leave to SGD
 
 
-def claims() -> list[Claim]:
-    """The paper's claims on one task, and what decides them.
-
-    At a constant learning rate; `_ALSO_IN_STEPS` with the schedule of the paper's code too.
-    """
-    in_steps = [
-        dataclasses.replace(
-            claim, id=f"{claim.id}-in-steps", statement=f"In steps. {claim.statement}"
-        )
-        for claim in _claims("steps")
-        if claim.id in _ALSO_IN_STEPS
-    ]
-    return [
-        *_claims("constant"),
-        *in_steps,
-        Claim(
-            "learning-rate-decides",
-            "With the schedule that takes the learning rate down in steps, SAM in the last tenth "
-            "changes the sharpness less than half as much as at a constant one: ratio of the "
-            "logarithms of late SAM's sharpness over SGD's",
-            HERE,
-            "",
-            _beside("schedule", lambda constant, other: _change(other) / _change(constant)),
-            Criterion(high=0.5),
-        ),
-    ]
-
-
-_ALSO_IN_STEPS = (
-    "sam-is-flatter",
-    "late-sam-is-as-flat",
-    "sam-generalizes-better",
-    "late-sam-generalizes-better",
-    "late-half-counts-more",
-    "late-half-generalizes-better",
-    "early-sam-is-forgotten",
-)
-
-
-def _claims(schedule: str) -> list[Claim]:
-    """The paper's claims under one schedule."""
-
-    def on_base(statistic: Callable[[Run], float]) -> Callable[[Result], list[float]]:
-        return each_seed(lambda result, seed: statistic(base(result, seed, schedule=schedule)))
-
-    def points(one: tuple[Any, ...], two: tuple[Any, ...]) -> Callable[[Result], list[float]]:
-        """By how many percentage points the test error of one lies above that of the other."""
-        return on_base(lambda run: _points(run, one, two))
-
-    def ratio(
-        name: str, one: tuple[Any, ...], two: tuple[Any, ...]
-    ) -> Callable[[Result], list[float]]:
-        return on_base(lambda run: ends(run, name, *one) / ends(run, name, *two))
-
-    return [
-        Claim(
-            "sam-is-flatter",
-            "SAM throughout ends flatter than SGD: sharpness of the training objective, ratio",
-            ZHOU,
-            "",
-            ratio("sharpness_objective", ("full",), ("sgd",)),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "late-sam-is-as-flat",
-            "SAM in the last tenth of the epochs reaches about the sharpness of SAM throughout: "
-            "share of the way from SGD's, in the logarithm",
-            ZHOU,
-            "",
-            on_base(lambda run: _reached(run, "late", LATE)),
-            Criterion(low=0.8),
-        ),
-        Claim(
-            "late-sam-is-as-flat-in-trace",
-            "The same for the trace of the Hessian of cross-entropy",
-            ZHOU,
-            "",
-            on_base(lambda run: _reached(run, "late", LATE, "trace")),
-            Criterion(low=0.8),
-        ),
-        Claim(
-            "late-sam-halfway",
-            "It goes at least half of that way",
-            HERE,
-            "",
-            on_base(lambda run: _reached(run, "late", LATE)),
-            Criterion(low=0.5),
-        ),
-        Claim(
-            "sam-generalizes-better",
-            "SAM throughout has a smaller test error than SGD: by how much",
-            ZHOU,
-            "points",
-            points(("sgd",), ("full",)),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "late-sam-generalizes-better",
-            "SAM in the last tenth has a smaller test error than SGD: by how much",
-            ZHOU,
-            "points",
-            points(("sgd",), ("late", LATE)),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "late-sam-generalizes-as-well",
-            "Its test error is about that of SAM throughout: by how much it is larger",
-            ZHOU,
-            "points",
-            points(("late", LATE), ("full",)),
-            Criterion(-0.25, 0.25),
-        ),
-        Claim(
-            "late-half-counts-more",
-            "SAM in the second half of the epochs ends flatter than SAM in the first half: "
-            "sharpness of the training objective, ratio",
-            ZHOU,
-            "",
-            ratio("sharpness_objective", ("late", 0.5), ("early", 0.5)),
-            Criterion(high=0.9),
-        ),
-        Claim(
-            "late-half-generalizes-better",
-            "It also has a smaller test error: by how much",
-            ZHOU,
-            "points",
-            points(("early", 0.5), ("late", 0.5)),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "early-sam-is-forgotten",
-            "After SAM for the first nine tenths, SGD ends about as sharp as SGD throughout: share "
-            "of the way from SGD's sharpness to SAM's that is left",
-            ZHOU,
-            "",
-            on_base(lambda run: _reached(run, "early", LATE)),
-            Criterion(high=0.2),
-        ),
-        Claim(
-            "no-barrier",
-            "Switch and end lie in one valley: barrier on the straight line between them, over the "
-            "objective at the switch",
-            ZHOU,
-            "",
-            on_base(
-                lambda run: (
-                    ends(run, "barrier", "late", LATE) / ends(run, "switch_objective", "late", LATE)
-                )
-            ),
-            Criterion(high=0.05),
-        ),
-    ]
-
-
 def late_over_sgd(run: Run) -> float:
     """Sharpness after SAM in the last tenth, over that of SGD throughout."""
-    late, sgd = (ends(run, "sharpness_objective", *which) for which in (("late", LATE), ("sgd",)))
-    return late / sgd
+    return _ratio(run, SHARPNESS, ("late", LATE), SGD_ONLY)
 
 
-def _change(run: Run) -> float:
-    """The logarithm of `late_over_sgd`."""
-    return float(np.log(late_over_sgd(run)))
+def against_summed_lr(result: Result, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How far the sharpness has come, against how long late SAM has had.
 
-
-def _late_ratio(one: Run, two: Run) -> float:
-    """Sharpness after SAM in the last tenth, of one setting over the other's."""
-    name = "sharpness_objective"
-    return ends(two, name, "late", LATE) / ends(one, name, "late", LATE)
-
-
-def _beside(factor: str, statistic: Callable[[Run, Run], float]) -> Callable[[Result], list[float]]:
-    """A statistic of two runs: the first and the last value of a factor, all else the base's."""
-
-    def at(result: Result, seed: int) -> float:
-        values = sorted({setting[factor] for setting in result.settings})
-        one, two = (base(result, seed, **{factor: value}) for value in (values[0], values[-1]))
-        return statistic(one, two)
-
-    return each_seed(at)
-
-
-def fallen(result: Result, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
-    """How long late SAM has had, and how far the sharpness has come.
+    Args:
+        changed: the factor in which the setting differs from the base.
 
     Returns:
         The learning rate summed over the epochs of SAM (T,), ascending, for each late switch;
         sharpness at the end over that of SGD throughout, (seeds, T).
     """
-    name = "sharpness_objective"
-    sums, sharpness = summed_lr(result, name, **changed)
-    sgd = [ends(base(result, seed, **changed), name, "sgd") for seed in result.seeds]
-    return sums, sharpness / np.array(sgd)[:, None]
+    courses = [_course(runs, **changed) for runs in result.by_seed()]
+    return courses[0][0], np.array([ratio for _, ratio in courses])
 
 
-def _clock(result: Result) -> list[float]:
-    """Late SAM's fall under the other schedules, over that at the constant rate in equal time."""
-
-    def course(schedule: str) -> tuple[np.ndarray, np.ndarray]:
-        sums, ratio = fallen(result, schedule=schedule)
-        return sums, np.log(ratio)
-
-    return [farthest_from_one(np.exp(found)) for found in off_the_clock(result, course)]
+def _course(runs: SeedRuns, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+    sums, sharpness = summed_lr(runs, SHARPNESS, **changed)
+    return sums, sharpness / ends(runs.base(**changed), SHARPNESS, *SGD_ONLY)
 
 
-def _dropped(result: Result, seed: int) -> Run:
-    return base(result, seed, schedule="drop")
+def _ratio(run: Run, name: str, one: tuple[Any, ...], two: tuple[Any, ...]) -> float:
+    return ends(run, name, *one) / ends(run, name, *two)
 
 
 def _points(run: Run, one: tuple[Any, ...], two: tuple[Any, ...]) -> float:
@@ -481,73 +230,203 @@ def _points(run: Run, one: tuple[Any, ...], two: tuple[Any, ...]) -> float:
     return 100 * (ends(run, "test_error", *one) - ends(run, "test_error", *two))
 
 
-def factor_claims() -> list[Claim]:
-    """What else could decide: for tasks that change momentum, radius and smoothing too."""
-    return [
-        Claim(
-            "learning-rate-is-the-clock",
-            "What late SAM does depends on the learning rate summed over its epochs: sharpness "
-            "over SGD's under the other schedules, over that at a constant rate where the sum is "
-            "the same (interpolated), farthest from 1",
-            HERE,
-            "",
-            _clock,
-            Criterion(0.8, 1.25),
-        ),
-        Claim(
-            "late-sam-before-a-drop",
-            "SAM in the last quarter, with the learning rate dropping to a tenth for the last "
-            "tenth, goes at least half of the way from SGD's sharpness to SAM's",
-            HERE,
-            "",
-            each_seed(lambda result, seed: _reached(_dropped(result, seed), "late", 0.75)),
-            Criterion(low=0.5),
-        ),
-        Claim(
-            "late-sam-before-a-drop-generalizes",
-            "It has a smaller test error than SGD with the same schedule: by how much",
-            HERE,
-            "points",
-            each_seed(
-                lambda result, seed: _points(_dropped(result, seed), ("sgd",), ("late", 0.75))
-            ),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "early-sam-before-a-drop-generalizes",
-            "So has SAM in the first quarter: by how much",
-            "control",
-            "points",
-            each_seed(
-                lambda result, seed: _points(_dropped(result, seed), ("sgd",), ("early", 0.25))
-            ),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "momentum-does-not-decide",
-            "Whether momentum survives the switch makes no difference: sharpness after SAM in the "
-            "last tenth, carried over emptied",
-            HERE,
-            "",
-            _beside("carried", _late_ratio),
-            Criterion(0.8, 1.25),
-        ),
-        Claim(
-            "radius-decides",
-            "The larger radius ends flatter: sharpness after SAM in the last tenth, largest radius "
-            "over smallest",
-            HERE,
-            "",
-            _beside("rho", _late_ratio),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "plain-loss-misleads",
-            "Trained without label smoothing, late SAM looks sharper than SGD, whose loss and "
-            "curvature vanish: ratio of sharpness",
-            HERE,
-            "",
-            _beside("smoothing", lambda plain, smoothed: late_over_sgd(plain)),
-            Criterion(low=1.0),
-        ),
-    ]
+def _share(run: Run, method: str, at: float, name: str = SHARPNESS) -> float:
+    """The share of the way from SGD to SAM throughout, in the logarithm."""
+    return reached(run, name, method, at, log=True)
+
+
+def _late_sharpness(run: Run) -> float:
+    return ends(run, SHARPNESS, "late", LATE)
+
+
+# --- what the runs decide -------------------------------------------------------------------------
+
+
+@claim(AFTER_ZHOU, high=0.8)
+def sam_is_flatter(runs: SeedRuns) -> float:
+    """SAM throughout ends flatter than SGD: sharpness of the training objective, ratio"""
+    return _ratio(runs.base(), SHARPNESS, SAM_ONLY, SGD_ONLY)
+
+
+@claim(ZHOU, low=0.8, headline=True)
+def late_sam_is_as_flat(runs: SeedRuns) -> float:
+    """SAM in the last tenth of the epochs reaches about the sharpness of SAM throughout: share of
+    the way from SGD's, in the logarithm"""
+    return _share(runs.base(), "late", LATE)
+
+
+@claim(AFTER_ZHOU, low=0.8)
+def late_sam_is_as_flat_in_trace(runs: SeedRuns) -> float:
+    """SAM in the last tenth of the epochs reaches about the trace of SAM throughout, that of the
+    Hessian of cross-entropy: share of the way from SGD's, in the logarithm"""
+    return _share(runs.base(), "late", LATE, "trace")
+
+
+@claim(OURS, low=0.5)
+def late_sam_halfway(runs: SeedRuns) -> float:
+    """SAM in the last tenth of the epochs goes at least half of the way from SGD's sharpness to
+    that of SAM throughout: share of it, in the logarithm"""
+    return _share(runs.base(), "late", LATE)
+
+
+@claim(AFTER_ZHOU, low=0.0, unit="points")
+def sam_generalizes_better(runs: SeedRuns) -> float:
+    """SAM throughout has a smaller test error than SGD: by how much"""
+    return _points(runs.base(), SGD_ONLY, SAM_ONLY)
+
+
+@claim(AFTER_ZHOU, low=0.0, unit="points")
+def late_sam_generalizes_better(runs: SeedRuns) -> float:
+    """SAM in the last tenth has a smaller test error than SGD: by how much"""
+    return _points(runs.base(), SGD_ONLY, ("late", LATE))
+
+
+@claim(ZHOU, -0.25, 0.25, unit="points", headline=True)
+def late_sam_generalizes_as_well(runs: SeedRuns) -> float:
+    """SAM in the last tenth has about the test error of SAM throughout: by how much it is larger"""
+    return _points(runs.base(), ("late", LATE), SAM_ONLY)
+
+
+@claim(AFTER_ZHOU, high=0.9)
+def late_half_counts_more(runs: SeedRuns) -> float:
+    """SAM in the second half of the epochs ends flatter than SAM in the first half: sharpness of
+    the training objective, ratio"""
+    return _ratio(runs.base(), SHARPNESS, ("late", 0.5), ("early", 0.5))
+
+
+@claim(AFTER_ZHOU, low=0.0, unit="points")
+def late_half_generalizes_better(runs: SeedRuns) -> float:
+    """SAM in the second half of the epochs has a smaller test error than SAM in the first half: by
+    how much"""
+    return _points(runs.base(), ("early", 0.5), ("late", 0.5))
+
+
+@claim(AFTER_ZHOU, high=0.2)
+def early_sam_is_forgotten(runs: SeedRuns) -> float:
+    """After SAM for the first nine tenths, SGD ends about as sharp as SGD throughout: share of the
+    way from SGD's sharpness to SAM's that is left"""
+    return _share(runs.base(), "early", LATE)
+
+
+@claim(ZHOU, high=0.05)
+def no_barrier(runs: SeedRuns) -> float:
+    """Switch and end lie in one valley: barrier on the straight line between them, over the
+    objective at the switch"""
+    barrier, level = (
+        ends(runs.base(), name, "late", LATE) for name in ("barrier", "switch_objective")
+    )
+    return barrier / level
+
+
+@claim(OURS, high=0.5)
+def learning_rate_decides(runs: SeedRuns) -> float:
+    """With the schedule that takes the learning rate down in steps, SAM in the last tenth changes
+    the sharpness less than half as much as at a constant one: ratio of the logarithms of late SAM's
+    sharpness over SGD's"""
+    constant, steps = (
+        float(np.log(late_over_sgd(runs.base(schedule=name)))) for name in ("constant", "steps")
+    )
+    return steps / constant
+
+
+_AT_CONSTANT_RATE = [
+    sam_is_flatter,
+    late_sam_is_as_flat,
+    late_sam_is_as_flat_in_trace,
+    late_sam_halfway,
+    sam_generalizes_better,
+    late_sam_generalizes_better,
+    late_sam_generalizes_as_well,
+    late_half_counts_more,
+    late_half_generalizes_better,
+    early_sam_is_forgotten,
+    no_barrier,
+]
+# Asked after the runs, with the criteria of the others.
+_IN_STEPS = [
+    dataclasses.replace(
+        one.under("in-steps", "In steps. ", schedule="steps"), set_after=True, headline=False
+    )
+    for one in (
+        sam_is_flatter,
+        late_sam_is_as_flat,
+        sam_generalizes_better,
+        late_sam_generalizes_better,
+        late_half_counts_more,
+        late_half_generalizes_better,
+        early_sam_is_forgotten,
+    )
+]
+CLAIMS = [*_AT_CONSTANT_RATE, *_IN_STEPS, learning_rate_decides]
+"""The paper's claims on one task, at a constant learning rate and with the schedule of the paper's
+code, and what decides them."""
+
+
+@claim(OURS, 0.8, 1.25, set_after=True, headline=True)
+def learning_rate_is_the_clock(runs: SeedRuns) -> float:
+    """What late SAM does depends on the learning rate summed over its epochs: sharpness over SGD's
+    under the other schedules, over that at a constant rate where the sum is the same
+    (interpolated), farthest from 1"""
+
+    def course(schedule: str) -> tuple[np.ndarray, np.ndarray]:
+        sums, ratio = _course(runs, schedule=schedule)
+        return sums, np.log(ratio)
+
+    return farthest_from_one(np.exp(off_the_clock(runs, course)))
+
+
+@claim(OURS, low=0.5)
+def late_sam_before_a_drop(runs: SeedRuns) -> float:
+    """SAM in the last quarter, with the learning rate dropping to a tenth for the last tenth, goes
+    at least half of the way from SGD's sharpness to SAM's"""
+    return _share(runs.base(schedule="drop"), "late", 0.75)
+
+
+@claim(OURS, low=0.0, unit="points")
+def late_sam_before_a_drop_generalizes(runs: SeedRuns) -> float:
+    """SAM in the last quarter, with the learning rate dropping to a tenth for the last tenth, has a
+    smaller test error than SGD with the same schedule: by how much"""
+    return _points(runs.base(schedule="drop"), SGD_ONLY, ("late", 0.75))
+
+
+@claim(CONTROL, low=0.0, unit="points")
+def early_sam_before_a_drop_generalizes(runs: SeedRuns) -> float:
+    """SAM in the first quarter, with the learning rate dropping to a tenth for the last tenth, has
+    a smaller test error than SGD with the same schedule: by how much"""
+    return _points(runs.base(schedule="drop"), SGD_ONLY, ("early", 0.25))
+
+
+@claim(OURS, 0.8, 1.25)
+def momentum_does_not_decide(runs: SeedRuns) -> float:
+    """Whether momentum survives the switch makes no difference: sharpness after SAM in the last
+    tenth, carried over emptied"""
+    carried, emptied = (_late_sharpness(runs.base(carried=carried)) for carried in (True, False))
+    return carried / emptied
+
+
+@claim(OURS, high=0.8)
+def radius_decides(runs: SeedRuns) -> float:
+    """The larger radius ends flatter: sharpness after SAM in the last tenth, largest radius over
+    smallest"""
+    radii = [run.settings["rho"] for run in runs.runs]
+    largest, smallest = (_late_sharpness(runs.base(rho=rho)) for rho in (max(radii), min(radii)))
+    return largest / smallest
+
+
+@claim(OURS, low=1.0)
+def plain_loss_misleads(runs: SeedRuns) -> float:
+    """Trained without label smoothing, late SAM looks sharper than SGD, whose loss and curvature
+    vanish: ratio of sharpness"""
+    return late_over_sgd(runs.base(smoothing=0.0))
+
+
+FACTOR_CLAIMS = [
+    learning_rate_is_the_clock,
+    late_sam_before_a_drop,
+    late_sam_before_a_drop_generalizes,
+    early_sam_before_a_drop_generalizes,
+    momentum_does_not_decide,
+    radius_decides,
+    plain_loss_misleads,
+]
+"""What else could decide: for tasks that change momentum, radius and smoothing too."""

@@ -20,23 +20,27 @@ released with the paper.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sam_lab import data, landscape
-from sam_lab.experiments import late_images, late_mnist1d, late_phase
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.statistics import each_seed
+from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.late import late_images, late_mnist1d
+from sam_lab.experiments.recipe import Recipe
 from sam_lab.perturbations import global_norm
 from sam_lab.training import LossFn, Training, evaluate, late
 
-ZHOU = "Zhou et al. 2025"
+ZHOU, AFTER_ZHOU = Source("Zhou et al. 2025", "paper"), Source("Zhou et al. 2025", "after")
+FRANKLE = Source("Frankle et al. 2020", "after")
+JORDAN = Source("Jordan et al. 2023", "after")
+
 LINES = {
     "sam": ("switch", "sam"),
     "sgd": ("switch", "sgd"),
@@ -55,65 +59,57 @@ class Config:
     """What is run.
 
     Attributes:
-        task: data, network and training. The switch is at the first entry of `late`, and the first
-            entry of each factor holds; `points` are those on a line within [0, 1].
+        recipe: data, network and SGD, at a constant learning rate.
+        at: the share of the epochs after which SAM is switched on.
+        rho: its radius.
+        smoothing: of the labels.
         batchnorm: whether a fully connected network gets batch norm before each activation; a wide
             residual network has its own, and one entry here.
+        points: on a line, within [0, 1].
         watch: epochs after the switch in which the loss is measured after every step; then after
             every epoch.
     """
 
-    task: late_phase.Config
+    recipe: Recipe
+    at: float = 0.75
+    rho: float = 0.1
+    smoothing: float = 0.1
     batchnorm: tuple[bool, ...] = (False, True)
+    points: int = 21
     watch: int = 2
 
 
-LAPTOP = Config(
-    dataclasses.replace(
-        late_mnist1d.LAPTOP, test=4000, late=(0.75,), early=(), measured=4000, points=21
-    )
-)
-PAPER = Config(
-    dataclasses.replace(late_images.PAPER, late=(0.875,), early=(), points=21), batchnorm=(True,)
-)
+LAPTOP = Config(late_mnist1d.LAPTOP.recipe.but(test=4000, measured=4000))
+PAPER = Config(late_images.PAPER.recipe, at=0.875, rho=0.05, batchnorm=(True,))
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
+def settings(config: Config) -> list[Setting]:
     """The network without batch norm and with it."""
     return [{"batchnorm": batchnorm} for batchnorm in config.batchnorm]
 
 
 def prepare(
-    config: Config, setting: dict[str, Any], seed: int = 0, device: torch.device | str = "cpu"
+    config: Config, cell: Cell, *, weights: int | None = None, order: int | None = None
 ) -> tuple[Training, data.Dataset]:
-    """SGD before its first epoch, and its data."""
-    task = config.task
-    start, found = late_phase.prepare(task, late_phase.settings(task)[0], seed, device)
-    if setting["batchnorm"] and task.hidden:
-        start.model = _normed(start.model)
-        made = start.optimizer
-        start.optimizer = type(made)(start.model.parameters(), **made.defaults)
-    return start, found
+    """SGD before its first epoch, and its data.
+
+    Args:
+        weights, order: seeds of their own, as `Recipe.training` takes them.
+
+    Raises:
+        ValueError: an unknown data set, or more examples than there are.
+    """
+    return config.recipe.training(
+        cell.seed,
+        cell.device,
+        loss_fn=nn.CrossEntropyLoss(label_smoothing=config.smoothing),
+        norm="batch" if cell["batchnorm"] else "none",
+        weights=weights,
+        order=order,
+    )
 
 
-def _normed(model: nn.Module) -> nn.Sequential:
-    """The fully connected network with batch norm after every linear layer but the last."""
-    layers: list[nn.Module] = []
-    *hidden, last = model.children()
-    for layer in hidden:
-        layers.append(layer)
-        if isinstance(layer, nn.Linear):
-            layers.append(nn.BatchNorm1d(layer.out_features, device=layer.weight.device))
-    return nn.Sequential(*layers, last)
-
-
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def run(config: Config, cell: Cell) -> Columns:
     """All runs of one seed, the lines between them, and the path from the switch.
 
     Returns:
@@ -124,29 +120,25 @@ def run(
         ``NAME_sharpness`` (of the objective) and ``NAME_error`` (on the test set) of each solution:
         switch, sam, sgd, order and independent.
     """
-    task = config.task
-    epochs, rho = task.epochs, task.rhos[0]
-    at = round(task.late[0] * epochs)
+    epochs = config.recipe.epochs
+    at = round(config.at * epochs)
     done, total = 0, 3 * epochs + 2 * (epochs - at)
 
-    def tick() -> None:
+    def on_epoch() -> None:
         nonlocal done
         done += 1
-        progress(done, total)
+        cell.tick(done, total)
 
-    start, found = prepare(config, setting, seed, device)
-    sgd_only = late(epochs, epochs, rho=rho)
-    sgd = start.branch(sgd_only).run(at, on_epoch=tick)
-    switch, sam = sgd.branch(sgd_only), sgd.branch(late(at, epochs, rho=rho))
-    order, independent = start.branch(sgd_only), start.branch(sgd_only)
-    order.seed = independent.seed = seed + ELSEWHERE
-    other, _ = prepare(config, setting, seed + ELSEWHERE, device)
-    independent.model.load_state_dict(other.model.state_dict())
-
-    steps, sam_path = _follow(sam, config, tick)
-    _, sgd_path = _follow(sgd, config, tick)
+    elsewhere = cell.seed + ELSEWHERE
+    sgd, dataset = prepare(config, cell)
+    order, _ = prepare(config, cell, order=elsewhere)
+    independent, _ = prepare(config, cell, order=elsewhere, weights=elsewhere)
+    sgd.run(at, on_epoch=on_epoch)
+    switch, sam = sgd.branch(sgd.phases), sgd.branch(late(at, epochs, rho=config.rho))
+    sam_path = _follow(sam, config, on_epoch)
+    sgd_path = _follow(sgd, config, on_epoch)
     for training in (order, independent):
-        training.run(on_epoch=tick)
+        training.run(on_epoch=on_epoch)
 
     solutions = {
         "switch": switch,
@@ -155,13 +147,18 @@ def run(
         "order": order,
         "independent": independent,
     }
-    columns: dict[str, list[float]] = {"alpha": alphas(task.points)}
+    columns: Columns = {"alpha": alphas(config.points)}
     for name, (one, two) in LINES.items():
-        columns |= _line(name, solutions[one], solutions[two], found, config)
-    columns |= {"step": steps, "sam_path": sam_path, "sgd_path": sgd_path}
+        line = _line(solutions[one], solutions[two], dataset, config)
+        columns |= {f"{name}_{what}": values for what, values in line.items()}
+    columns |= {"step": sam_path["step"]}
+    columns |= {"sam_path": sam_path["loss"], "sgd_path": sgd_path["loss"]}
     for name, training in solutions.items():
-        columns[f"{name}_sharpness"] = [_sharpness(training, config)]
-        columns[f"{name}_error"] = [evaluate(training.model, found.x_test, found.y_test)[1]]
+        error = evaluate(training.model, dataset.x_test, dataset.y_test)[1]
+        columns |= {
+            f"{name}_sharpness": [config.recipe.sharpness(training)],
+            f"{name}_error": [error],
+        }
     return columns
 
 
@@ -175,33 +172,27 @@ def _mean_loss(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> Calla
     return lambda: torch.tensor(evaluate(model, x, y, loss_fn)[0], dtype=torch.float64)
 
 
-def _objective(training: Training, config: Config) -> Callable[[], Tensor]:
-    n = config.task.measured
-    return _mean_loss(training.model, training.x[:n], training.y[:n], training.loss_fn)
+def _objective(training: Training, recipe: Recipe) -> Callable[[], Tensor]:
+    return _mean_loss(training.model, *recipe.examined(training), training.loss_fn)
 
 
-def _inputs(training: Training, config: Config) -> list[Tensor]:
+def _inputs(training: Training, recipe: Recipe) -> list[Tensor]:
     """What BatchNorm's statistics are gathered from."""
-    return list(training.x[: config.task.measured].split(BATCH))
+    return list(recipe.examined(training)[0].split(BATCH))
 
 
-def _follow(
-    training: Training, config: Config, tick: Callable[[], None]
-) -> tuple[list[float], list[float]]:
-    """The training to its end: the steps from here, and the objective after each."""
+def _follow(training: Training, config: Config, tick: Callable[[], None]) -> Columns:
+    """The training to its end: each `step` from here, and the objective, `loss`, after it."""
+    recipe = config.recipe
+    loss, inputs = _objective(training, recipe), _inputs(training, recipe)
     watched = training.epoch + config.watch
     taken = 0
-    steps: list[float] = []
-    losses: list[float] = []
+    rows = Rows()
 
     def record() -> None:
-        if taken in steps:
-            return
         here = landscape.weights(training.model)
-        loss, inputs = _objective(training, config), _inputs(training, config)
-        found = landscape.line(loss, training.model, here, here, [0.0], refresh=inputs)
-        steps.append(taken)
-        losses.append(float(found.losses))
+        line = landscape.line(loss, training.model, here, here, [0.0], refresh=inputs)
+        rows.add(step=taken, loss=float(line.losses))
 
     def on_step() -> None:
         nonlocal taken
@@ -210,59 +201,52 @@ def _follow(
             record()
 
     def on_epoch() -> None:
-        record()
+        if rows.columns["step"][-1] < taken:
+            record()
         tick()
 
     record()
     training.run(on_step=on_step, on_epoch=on_epoch)
-    return steps, losses
+    return rows.columns
 
 
-def _line(
-    name: str, one: Training, two: Training, found: data.Dataset, config: Config
-) -> dict[str, list[float]]:
+def _line(one: Training, two: Training, dataset: data.Dataset, config: Config) -> Columns:
     """The straight line from one solution to another."""
-    model, places = two.model, alphas(config.task.points)
+    model, recipe, places = two.model, config.recipe, alphas(config.points)
     start, end = landscape.weights(one.model), landscape.weights(model)
-    plain = nn.functional.cross_entropy
-    measures = {
-        "train": _objective(two, config),
-        "test": _mean_loss(model, found.x_test, found.y_test, plain),
+    cross_entropy = nn.functional.cross_entropy
+    losses = {
+        "train": _objective(two, recipe),
+        "test": _mean_loss(model, dataset.x_test, dataset.y_test, cross_entropy),
     }
-    columns = {}
-    for what, loss in measures.items():
-        line = landscape.line(loss, model, start, end, places, refresh=_inputs(two, config))
-        columns[f"{name}_{what}"] = line.losses.tolist()
+    inputs = _inputs(two, recipe)
+    columns: Columns = {
+        what: landscape.line(loss, model, start, end, places, refresh=inputs).losses.tolist()
+        for what, loss in losses.items()
+    }
     if any(buffer.is_floating_point() for buffer in model.buffers()):
-        columns[f"{name}_carried"] = _carried(one, two, places, config)
+        columns["carried"] = _carried(one, two, places, recipe)
     apart = [b - a for a, b in zip(start, end, strict=True)]
-    columns[f"{name}_distance"] = [float(global_norm(apart))]
-    return columns
+    return columns | {"distance": [float(global_norm(apart))]}
 
 
-def _carried(one: Training, two: Training, places: list[float], config: Config) -> list[float]:
+def _carried(one: Training, two: Training, places: list[float], recipe: Recipe) -> list[float]:
     """The objective on the line with buffers interpolated as weights are."""
     start, end = landscape.weights(one.model), landscape.weights(two.model)
-    between = two.branch(two.phases)  # its model is a copy
-    loss = _objective(between, config)
+    between = copy.deepcopy(two.model)
+    loss = _mean_loss(between, *recipe.examined(two), two.loss_fn)
     losses = []
     for alpha in places:
-        models = (between.model, one.model, two.model)
+        models = (between, one.model, two.model)
         for buffer, a, b in zip(*(model.buffers() for model in models), strict=True):
             if buffer.is_floating_point():
                 buffer.copy_(torch.lerp(a, b, alpha))
-        line = landscape.line(loss, between.model, start, end, [alpha], refresh=False)
+        line = landscape.line(loss, between, start, end, [alpha], refresh=False)
         losses.append(float(line.losses))
     return losses
 
 
-def _sharpness(training: Training, config: Config) -> float:
-    """The top eigenvalue of the objective's Hessian, in evaluation mode."""
-    found = late_phase.hessian(training, config.task).top(tol=config.task.tol)
-    return float(found.values[0])
-
-
-# --- what the runs decide ------------------------------------------------------------------------
+# --- what has been run ----------------------------------------------------------------------------
 
 
 def line(run: Run, name: str, what: str = "train") -> landscape.Line:
@@ -276,182 +260,138 @@ def barrier(run: Run, name: str, what: str = "train") -> float:
 
     That loss is not all to be won: with label smoothing none is below the entropy of the labels.
     """
-    found = line(run, name, what)
-    ends = [float(found.losses[found.alphas == alpha]) for alpha in (0, 1)]
-    return found.barrier / (sum(ends) / 2)
+    there = line(run, name, what)
+    ends = [float(there.losses[there.alphas == alpha]) for alpha in (0, 1)]
+    return there.barrier / (sum(ends) / 2)
 
 
-def peak(run: Run, method: str, config: dict[str, Any]) -> float:
-    """The highest loss on the path, "sam" or "sgd", within the epochs that are watched.
+def peak(runs: SeedRuns, method: str) -> float:
+    """The highest loss on the first setting's path, "sam" or "sgd", within the epochs watched.
 
     The epochs after them have one measurement each.
     """
-    per_epoch = -(-config["task"]["train"] // config["task"]["batch"])
-    watched = run["step"] <= config["watch"] * per_epoch
-    return float(run[f"{method}_path"][watched].max())
+    run, recipe = runs.base(), runs.config["recipe"]
+    steps = runs.config["watch"] * math.ceil(recipe["train"] / recipe["batch"])
+    return float(run[f"{method}_path"][run["step"] <= steps].max())
 
 
-def _over_line(run: Run, config: dict[str, Any]) -> float:
-    """The path's peak over the highest loss on the line between its ends."""
-    found = line(run, "sam")
-    inside = (found.alphas >= 0) & (found.alphas <= 1)
-    return peak(run, "sam", config) / float(found.losses[inside].max())
+def _sharpness_ratio(run: Run, one: str, two: str) -> float:
+    return run.value(f"{one}_sharpness") / run.value(f"{two}_sharpness")
 
 
-def _beside_rise(run: Run, config: dict[str, Any]) -> float:
-    """The line's barrier over the rise on the path; infinite where nothing rises there."""
-    rise = peak(run, "sam", config) - float(run["sam_path"][0])
+# --- what the runs decide -------------------------------------------------------------------------
+
+
+@claim(ZHOU, high=0.05, headline=True)
+def no_barrier(runs: SeedRuns) -> float:
+    """Switch and end lie in one valley: barrier on the straight line between them, over the loss at
+    its ends"""
+    return barrier(runs.base(), "sam")
+
+
+@claim(AFTER_ZHOU, high=0.05)
+def no_barrier_in_test_loss(runs: SeedRuns) -> float:
+    """Switch and end lie in one valley of the test loss too: barrier on the straight line between
+    them, over the loss at its ends"""
+    return barrier(runs.base(), "sam", "test")
+
+
+@claim(AFTER_ZHOU, low=1.1)
+def path_leaves_the_line(runs: SeedRuns) -> float:
+    """SAM's path rises above the straight line from the switch to its end: its highest loss soon
+    after the switch over the highest on the line"""
+    there = line(runs.base(), "sam")
+    within = (there.alphas >= 0) & (there.alphas <= 1)
+    return peak(runs, "sam") / float(there.losses[within].max())
+
+
+@claim(AFTER_ZHOU, high=0.05)
+def barrier_below_rise(runs: SeedRuns) -> float:
+    """The barrier between switch and end is small beside the rise of the loss on SAM's path:
+    ratio"""
+    run = runs.base()
+    rise = peak(runs, "sam") - float(run["sam_path"][0])
     return line(run, "sam").barrier / rise if rise > 0 else math.inf
 
 
-def claims() -> list[Claim]:
-    """One valley, and what would show that there are two."""
-
-    def first(
-        statistic: Callable[..., float], *args: Any, config: bool = False
-    ) -> Callable[[Result], list[float]]:
-        """Of the first setting's run."""
-        return _of(0, statistic, *args, config=config)
-
-    def ratio(one: str, two: str) -> Callable[[Result], list[float]]:
-        return first(lambda run: float(run[f"{one}_sharpness"][0] / run[f"{two}_sharpness"][0]))
-
-    return [
-        Claim(
-            "no-barrier",
-            "Switch and end lie in one valley: barrier on the straight line between them, over the "
-            "loss at its ends",
-            ZHOU,
-            "",
-            first(barrier, "sam"),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "no-barrier-in-test-loss",
-            "The same for the test loss",
-            ZHOU,
-            "",
-            first(barrier, "sam", "test"),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "path-leaves-the-line",
-            "SAM's path rises above the line: its highest loss soon after the switch over the "
-            "highest on the line",
-            ZHOU,
-            "",
-            first(_over_line, config=True),
-            Criterion(low=1.1),
-        ),
-        Claim(
-            "barrier-below-rise",
-            "The barrier is small beside the rise on the path: ratio",
-            ZHOU,
-            "",
-            first(_beside_rise, config=True),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "rise-is-sams",
-            "SGD, going on from the switch, does not rise as high: highest loss on SAM's path over "
-            "that on SGD's, soon after the switch",
-            "control",
-            "",
-            first(
-                lambda run, config: peak(run, "sam", config) / peak(run, "sgd", config),
-                config=True,
-            ),
-            Criterion(low=1.1),
-        ),
-        Claim(
-            "end-is-flatter",
-            "The end is flatter than the switch: sharpness, ratio",
-            ZHOU,
-            "",
-            ratio("sam", "switch"),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "flatter-than-sgd",
-            "SGD, going on for as many epochs, does not end as flat: sharpness after SAM over that "
-            "after SGD",
-            ZHOU,
-            "",
-            ratio("sam", "sgd"),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "siblings-share-it",
-            "The two ends lie in one valley too, SGD's and SAM's: barrier over the loss at the "
-            "ends",
-            "control",
-            "",
-            first(barrier, "siblings"),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "independent-runs-do-not",
-            "Between two independent runs of SGD there is a barrier: over the loss at the ends",
-            "Frankle et al. 2020",
-            "",
-            first(barrier, "independent"),
-            Criterion(low=0.2),
-        ),
-        Claim(
-            "another-order-suffices",
-            "Between two runs from the same initial weights, with the examples in another order, "
-            "there is one too",
-            "Frankle et al. 2020",
-            "",
-            first(barrier, "order"),
-            Criterion(low=0.2),
-        ),
-        Claim(
-            "one-valley-not-two",
-            "The barrier between switch and end is small beside that between independent runs: "
-            "ratio",
-            ZHOU,
-            "",
-            first(lambda run: line(run, "sam").barrier / line(run, "independent").barrier),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "no-barrier-with-batchnorm",
-            "With batch norm, its statistics gathered anew, there is no barrier either: over the "
-            "loss at the ends",
-            ZHOU,
-            "",
-            _of(-1, barrier, "sam"),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "statistics-matter",
-            "Interpolated statistics feign a barrier between independent runs: barrier with those "
-            "gathered anew, over that with interpolated ones",
-            "Jordan et al. 2023",
-            "",
-            _of(
-                -1,
-                lambda run: (
-                    line(run, "independent").barrier / line(run, "independent", "carried").barrier
-                ),
-            ),
-            Criterion(high=0.8),
-        ),
-    ]
+@claim(CONTROL, low=1.1)
+def rise_is_sams(runs: SeedRuns) -> float:
+    """SGD, going on from the switch, does not rise as high: highest loss on SAM's path over that on
+    SGD's, soon after the switch"""
+    return peak(runs, "sam") / peak(runs, "sgd")
 
 
-def _of(
-    index: int, statistic: Callable[..., float], *args: Any, config: bool = False
-) -> Callable[[Result], list[float]]:
-    """A statistic of the runs of one setting, of the result's config too where that is asked."""
+@claim(ZHOU, high=0.8)
+def end_is_flatter(runs: SeedRuns) -> float:
+    """The end of SAM is flatter than the switch: sharpness, ratio"""
+    return _sharpness_ratio(runs.base(), "sam", "switch")
 
-    def at(result: Result, seed: int) -> float:
-        run = result.select(seed=seed, **result.settings[index])[0]
-        return statistic(run, *args, *([result.config] if config else []))
 
-    return each_seed(at)
+@claim(AFTER_ZHOU, high=0.8)
+def flatter_than_sgd(runs: SeedRuns) -> float:
+    """SGD, going on for as many epochs, does not end as flat: sharpness after SAM over that after
+    SGD"""
+    return _sharpness_ratio(runs.base(), "sam", "sgd")
 
+
+@claim(CONTROL, high=0.05)
+def siblings_share_it(runs: SeedRuns) -> float:
+    """The two ends from one switch, SGD's and SAM's, lie in one valley too: barrier over the loss
+    at the ends"""
+    return barrier(runs.base(), "siblings")
+
+
+@claim(FRANKLE, low=0.2)
+def independent_runs_do_not(runs: SeedRuns) -> float:
+    """Between two independent runs of SGD there is a barrier: over the loss at the ends"""
+    return barrier(runs.base(), "independent")
+
+
+@claim(FRANKLE, low=0.2)
+def another_order_suffices(runs: SeedRuns) -> float:
+    """Between two runs of SGD from the same initial weights, with the examples in another order,
+    there is a barrier: over the loss at the ends"""
+    return barrier(runs.base(), "order")
+
+
+@claim(AFTER_ZHOU, high=0.05)
+def one_valley_not_two(runs: SeedRuns) -> float:
+    """The barrier between switch and end is small beside that between independent runs: ratio"""
+    ours, theirs = (line(runs.base(), name).barrier for name in ("sam", "independent"))
+    return ours / theirs
+
+
+@claim(AFTER_ZHOU, high=0.05)
+def no_barrier_with_batchnorm(runs: SeedRuns) -> float:
+    """With batch norm, its statistics gathered anew, there is no barrier between switch and end
+    either: over the loss at the ends"""
+    return barrier(runs.one(batchnorm=True), "sam")
+
+
+@claim(JORDAN, high=0.8)
+def statistics_matter(runs: SeedRuns) -> float:
+    """Interpolated statistics of batch norm feign a barrier between independent runs: barrier with
+    those gathered anew, over that with interpolated ones"""
+    run = runs.one(batchnorm=True)
+    return line(run, "independent").barrier / line(run, "independent", "carried").barrier
+
+
+CLAIMS = [
+    no_barrier,
+    no_barrier_in_test_loss,
+    path_leaves_the_line,
+    barrier_below_rise,
+    rise_is_sams,
+    end_is_flatter,
+    flatter_than_sgd,
+    siblings_share_it,
+    independent_runs_do_not,
+    another_order_suffices,
+    one_valley_not_two,
+    no_barrier_with_batchnorm,
+    statistics_matter,
+]
+"""One valley, and what would show that there are two."""
 
 EXPERIMENT = Experiment(
     name="same_valley",
@@ -460,5 +400,5 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "paper": PAPER},
     settings=settings,
     run=run,
-    claims=claims(),
+    claims=CLAIMS,
 )

@@ -85,13 +85,13 @@ def branches(
 
 def _epochs(name: str, shares: tuple[float, ...], epochs: int) -> list[int]:
     """The epochs of the switches, in ascending order."""
-    found = sorted({round(share * epochs) for share in shares})
-    if len(found) < len(shares) or any(not 0 < at < epochs for at in found):
+    switches = sorted({round(share * epochs) for share in shares})
+    if len(switches) < len(shares) or any(not 0 < at < epochs for at in switches):
         raise ValueError(
             f"{name} must be shares of the {epochs} epochs that fall on different ones, "
             f"neither the first nor the end, got {shares}"
         )
-    return found
+    return switches
 
 
 def _interval(training: Training) -> dict[str, float]:
@@ -126,12 +126,12 @@ def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
     spans = {"sgd": (epochs, epochs), "full": (0, epochs), "late": (at, epochs), "early": (0, at)}
     if method not in spans:
         raise ValueError(f"method must be one of {', '.join(spans)}, got {method!r}")
-    found = np.flatnonzero((on == spans[method][0]) & (off == spans[method][1]))
-    if len(found) != 1:
+    rows = np.flatnonzero((on == spans[method][0]) & (off == spans[method][1]))
+    if len(rows) != 1:
         raise ValueError(
             f"no run with {method} at {share}: the phases were {[*zip(on, off, strict=True)]}"
         )
-    return float(run[name][found[0]])
+    return float(run[name][rows[0]])
 
 
 def reached(run: Run, name: str, method: str, share: float, *, log: bool = False) -> float:
@@ -204,12 +204,12 @@ def off_the_clock(
         ValueError: there is no such switch.
     """
     sums, values = course("constant")
-    found: list[float] = []
+    differences: list[float] = []
     for schedule in sorted({run.settings["schedule"] for run in runs.runs} - {"constant"}):
         other_sums, other = course(schedule)
         shared = (sums.min() <= other_sums) & (other_sums <= sums.max())
         expected = np.interp(np.log(other_sums[shared]), np.log(sums), values)
-        found += (other[shared] - expected).tolist()
-    if not found:
+        differences += (other[shared] - expected).tolist()
+    if not differences:
         raise ValueError("no schedule has a late phase as long as one at the constant rate")
-    return np.array(found)
+    return np.array(differences)
