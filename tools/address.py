@@ -90,11 +90,11 @@ def places(root: Path, url: str) -> dict[Path, str]:
         texts[Path(name)] = filled((root / name).read_text(encoding="utf-8"), block)
     configuration = (root / "_config.yml").read_text(encoding="utf-8")
     texts[Path("_config.yml")] = SETTING.sub(url or '""', configuration)
-    for name in book.notebooks(root):
-        notebook = book.stamp(book.read(root / name), book.first_cell(root, url))
+    for page in book.notebooks(root):
+        notebook = book.stamp(book.read(root / page), book.first_cell(root, url))
         for cell in notebook.cells:
             cell.source = filled(cell.source, paragraph)
-        texts[name] = book.dumps(notebook)
+        texts[page] = book.dumps(notebook)
     return texts
 
 
