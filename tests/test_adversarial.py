@@ -923,7 +923,7 @@ def test_another_port_of_autoattack_finds_as_much(four_digits):
 
 def test_without_its_package_autoattack_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ImportError, match=r"pip install \"sam-lab\[book\]\""):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[book\]'"):
         autoattack(network(), X, Y, 0.1)
 
 
