@@ -326,4 +326,4 @@ def _scaled(
 
 def shard(t: Tensor) -> Tensor:
     """The part of a sharded tensor (`DTensor`) that this process has; all of any other."""
-    return t.toshard() if hasattr(t, "to_local") else t
+    return t.to_local() if hasattr(t, "to_local") else t
