@@ -131,7 +131,8 @@ def _lengths(x: Tensor) -> Tensor:
     """The Euclidean norm of each example, (N, 1, ..., 1)."""
     if x.ndim == 1:
         return x.abs()
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    return norm
 
 
 # --- attacks --------------------------------------------------------------------------------------

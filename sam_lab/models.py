@@ -342,7 +342,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norms[0](x))
-        return x + self.network(self.norms[1](x))
+        out: Tensor = x + self.network(self.norms[1](x))
+        return out
 
     def attention(self, x: Tensor) -> Tensor:
         """Written out, since fused attention has no second derivative."""
@@ -351,7 +352,8 @@ class Block(nn.Module):
         scores = q @ k.mT / q.shape[-1] ** 0.5
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 def _linear(fan_in: int, fan_out: int, gain: float = 1.0) -> nn.Linear:

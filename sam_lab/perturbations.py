@@ -290,7 +290,8 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _usable(norm: Tensor) -> Tensor:
     # in a norm below this the squares have underflown, and rho / norm could overflow
-    return (norm > torch.finfo(norm.dtype).smallest_normal ** 0.5) & (norm < math.inf)
+    smallest: float = torch.finfo(norm.dtype).smallest_normal ** 0.5
+    return (norm > smallest) & (norm < math.inf)
 
 
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
