@@ -336,7 +336,7 @@ def run(config: Config, cell: Cell) -> Columns:
 def rise(run: Run) -> np.ndarray:
     """Modulus of ``along``, step by step, from the start to half of its largest value."""
     steps = run["step"]
-    every = np.abs(run["along"][steps == np.arange(len(steps))])
+    every: np.ndarray = np.abs(run["along"][steps == np.arange(len(steps))])
     return every[: int(np.flatnonzero(every >= every.max() / 2)[0]) + 1]
 
 
@@ -354,7 +354,7 @@ def predicted(run: Run, lr: float) -> np.ndarray:
     rho = np.full(steps, run.settings["rho"])
     if run.settings["rule"] == "sam":
         rho = rho / run["grad_norm"][:steps]
-    return growth(lr, run["sharpness"][0], rho)
+    return np.asarray(growth(lr, run["sharpness"][0], rho))
 
 
 def rate(run: Run) -> float:
@@ -586,7 +586,8 @@ def minibatch_escapes(runs: SeedRuns) -> float:
     """With minibatches, from the solution of SGD, the loss rises too: highest over that of SGD
     going on, at the radius where least"""
     descent = runs_of(runs, "descent", "minibatch")[0]["highest"].max()
-    return min(run["highest"].max() / descent for run in runs_of(runs, "sam", "minibatch"))
+    rises = [run["highest"].max() / descent for run in runs_of(runs, "sam", "minibatch")]
+    return float(min(rises))
 
 
 @claim(CONTROL, 0.75, 1.5)
@@ -611,7 +612,7 @@ def ascent_climbs(runs: SeedRuns) -> float:
     of the same radius"""
     ascent, beside = (runs_of(runs, rule)[0] for rule in ("ascent", "sam"))
     at = int(np.flatnonzero(beside["step"] == ascent["step"][-1])[0])
-    return ascent["loss"][-1] / beside["loss"][at]
+    return float(ascent["loss"][-1] / beside["loss"][at])
 
 
 CLAIMS = [

@@ -156,7 +156,8 @@ def problem(spectrum: str, examples: int, dim: int, generator: torch.Generator) 
         x *= torch.exp(torch.randn(examples, 1, generator=generator, dtype=torch.float64) / 2)
     elif spectrum != "flat":
         raise ValueError(f'spectrum must be "flat", "decaying" or "uneven", got {spectrum!r}')
-    return x * (math.sqrt(examples) / torch.linalg.matrix_norm(x, 2))
+    largest: Tensor = torch.linalg.matrix_norm(x, 2)
+    return x * (math.sqrt(examples) / largest)
 
 
 def stable_sharpness(x: Tensor, lr: float, rho: float, batch: int) -> float:

@@ -109,7 +109,7 @@ def linearised(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Callable[[], 
 
     def outputs() -> Tensor:
         direction = {name: moved[name] - base[name] for name in base}
-        parts = torch.func.jvp(
+        parts: tuple[Tensor, ...] = torch.func.jvp(
             lambda weights: torch.func.functional_call(model, weights, (x,)), (base,), (direction,)
         )
         return parts[0] + parts[1]
@@ -148,6 +148,7 @@ def taylor(
 
     def model() -> Tensor:
         d = torch.cat([p.flatten() for p in moved]) - base
-        return value + d @ gradient + 0.5 * d @ _Product.apply(d, H)
+        curved: Tensor = _Product.apply(d, H)
+        return value + d @ gradient + 0.5 * d @ curved
 
     return moved, model

@@ -185,7 +185,7 @@ def sam_as_sgd(runs: SeedRuns) -> float:
 def starts_beyond(runs: SeedRuns) -> float:
     """The Transformer starts beyond the edge, so that there is nothing to arrive at: sharpness over
     2/lr before the first step, at the smallest learning rate"""
-    return ratio(descent(runs, min(runs.config["lrs"])))[0]
+    return float(ratio(descent(runs, min(runs.config["lrs"])))[0])
 
 
 @claim(CONTROL, low=1.2)

@@ -257,7 +257,7 @@ def noisy(config: Config, cell: Cell) -> Columns:
     size = cell["noise"] * orbit_norm(config.lr, config.rho, top) / np.sqrt(config.dim)
 
     def over_edge(gradient: Tensor) -> float:
-        return top / sam_edge(config.lr, config.rho, gradient.norm().item())
+        return float(top / sam_edge(config.lr, config.rho, gradient.norm().item()))
 
     rows = Rows()
     for step in range(config.steps):
@@ -377,14 +377,14 @@ def _with_noise(runs: SeedRuns, noise: float) -> Run:
 def edge_by_brute_force(runs: SeedRuns) -> float:
     """The curvature from which on SAM makes the gradient's component grow, found by bisection, is
     the SAM edge: relative difference, where it is largest"""
-    return max(np.abs(run["error"]).max() for run in runs.all(study="bisection"))
+    return float(max(np.abs(run["error"]).max() for run in runs.all(study="bisection")))
 
 
 @claim(BARTLETT, high=1e-3, id="ratio of 1 on a quadratic")
 def ratio_of_1(runs: SeedRuns) -> float:
     """On a fixed quadratic the sharpness ends at the SAM edge: |ratio - 1| on the last two steps,
     where it is largest"""
-    return max(np.abs(ratio(run)[-2:] - 1).max() for run in runs.all(study="spectrum"))
+    return float(max(np.abs(ratio(run)[-2:] - 1).max() for run in runs.all(study="spectrum")))
 
 
 @claim(CONTROL, high=1e-3, id="curvature is constant")
@@ -399,9 +399,8 @@ def curvature_is_constant(runs: SeedRuns) -> float:
 def gradient_adapts(runs: SeedRuns) -> float:
     """On a fixed quadratic it is the gradient that changes: its norm ends at lr rho λ²/(2 - lr λ);
     relative difference, where it is largest"""
-    return max(
-        abs(run["grad_norm"][-1] / run.value("orbit") - 1) for run in runs.all(study="spectrum")
-    )
+    norms = [run["grad_norm"][-1] / run.value("orbit") for run in runs.all(study="spectrum")]
+    return float(max(abs(norm - 1) for norm in norms))
 
 
 @claim(CONTROL, low=1.1, id="overshoots first")
@@ -409,7 +408,7 @@ def overshoots_first(runs: SeedRuns) -> float:
     """On the way to the edge of a fixed quadratic, sharpness over edge can pass 1 by far, where the
     top component had died out while the gradient was long: largest ratio of a run, largest of the
     spectra"""
-    return max(ratio(run).max() for run in runs.all(study="spectrum"))
+    return float(max(ratio(run).max() for run in runs.all(study="spectrum")))
 
 
 @claim(CONTROL, high=0.9, id="ratio before orbit")
@@ -417,7 +416,8 @@ def ratio_before_orbit(runs: SeedRuns) -> float:
     """On a fixed quadratic, sharpness over edge is 1 before SAM bounces along the top eigenvector:
     |cos| of gradient and eigenvector once the ratio is within 1% for good, smallest of the
     spectra"""
-    return min(run["grad_align"][settled(run)] for run in runs.all(study="spectrum"))
+    spectra = runs.all(study="spectrum")
+    return float(min(run["grad_align"][settled(run)] for run in spectra))
 
 
 @claim(CONTROL, 0.95, 1.05, id="close eigenvalues settle slowly")
@@ -431,7 +431,7 @@ def close_eigenvalues_settle_slowly(runs: SeedRuns) -> float:
 def little_noise_does_little(runs: SeedRuns) -> float:
     """Gradient noise that is small beside the orbit's gradient leaves sharpness over edge at 1:
     median over steps, by the noisy gradient, at the smallest noise"""
-    return np.median(_with_noise(runs, min(runs.config["noises"]))["batch"])
+    return float(np.median(_with_noise(runs, min(runs.config["noises"]))["batch"]))
 
 
 @claim(CONTROL, low=1.1, id="noise splits the ratio")
@@ -439,7 +439,7 @@ def noise_splits_the_ratio(runs: SeedRuns) -> float:
     """Noise as large as the orbit's gradient splits sharpness over edge in two: median ratio by the
     full gradient over that by the noisy one"""
     run = _with_noise(runs, min(runs.config["noises"], key=lambda noise: abs(np.log(noise))))
-    return np.median(run["full"]) / np.median(run["batch"])
+    return float(np.median(run["full"]) / np.median(run["batch"]))
 
 
 @claim(CONTROL, high=0.9, id="much noise takes SAM off its edge")
@@ -447,7 +447,7 @@ def much_noise_takes_sam_off_its_edge(runs: SeedRuns) -> float:
     """Noise that is large beside the orbit's gradient keeps the sharpness below the SAM edge:
     median ratio at the largest noise, the larger of the two"""
     run = _with_noise(runs, max(runs.config["noises"]))
-    return max(np.median(run[name]) for name in ("full", "batch"))
+    return float(max(np.median(run[name]) for name in ("full", "batch")))
 
 
 @claim(CONTROL, 0.9, 1.15, id="frozen network", headline=True)
@@ -476,7 +476,7 @@ def living_falls(runs: SeedRuns) -> float:
     """What tells a living network from a linearised one is the sharpness: that of the living one at
     the end, over that of the linearised one"""
     living, other = (_on_network(runs, path)["sharpness"] for path in ("living", "linearised"))
-    return living[-1] / other[-1]
+    return float(living[-1] / other[-1])
 
 
 @claim(CONTROL, low=0.95, id="frozen gradient is aligned")
