@@ -208,7 +208,20 @@ def test_with_the_full_batch_normalised_sam_ends_on_its_orbit():
 
 
 def test_a_seed_repeats_its_run_and_another_one_changes_it():
-    config = dataclasses.replace(TINY, batches=(1, 4), steps=60, warmup=20, fan_steps=50, long=50)
+    config = dataclasses.replace(
+        TINY,
+        batches=(1, 4),
+        walkers=50,
+        steps=40,
+        warmup=10,
+        tol=5e-2,
+        rate_walkers=50,
+        fan_walkers=20,
+        fan_steps=20,
+        checked=5,
+        crowd=10,
+        long=40,
+    )
     for setting in SETTINGS(config):
         first, again, other = (
             study.EXPERIMENT.run(config, Cell(setting, seed)) for seed in (0, 0, 1)
@@ -227,6 +240,7 @@ def test_the_presets_have_their_settings():
         assert len(SETTINGS(config)) == 3 * 3 * len(config.batches)
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_everything_that_its_claims_need():
     result = experiments.run(study.EXPERIMENT, TINY, seeds=1, device="cpu", progress=False)
     assert len(result.runs) == len(SETTINGS(TINY))
