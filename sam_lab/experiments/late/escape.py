@@ -42,28 +42,24 @@ import torch
 from torch import Tensor, nn
 
 from sam_lab import data, models
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.sam_on_quadratics import taylor
-from sam_lab.experiments.statistics import each_seed, farthest_from_one
-from sam_lab.objective import Closure
+from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import farthest_from_one
+from sam_lab.experiments.sam.quadratics import taylor
 from sam_lab.perturbations import Rule, random_direction, sam, unnormalized
 from sam_lab.sam import SAM
 from sam_lab.stability import growth, sam_edge
 from sam_lab.tracker import SharpnessTracker
 from sam_lab.training import squared_error
 
-ZHOU = "Zhou et al. 2025"
-RULES: dict[str, Rule] = {
-    "descent": sam,
-    "sam": sam,
-    "unnormalized": unnormalized,
-    "random": random_direction,
-    "ascent": sam,
-}
-COLUMNS = ("step", "loss", "typical", "highest", "grad_norm", "along", "distance", "sharpness")
-"""What `follow` records."""
+ZHOU = Source("Zhou et al. 2025", "after")
+# Its abstract: SAM escapes exponentially fast, then converges rapidly to a flatter minimum.
+ABSTRACT = Source("Zhou et al. 2025", "paper")
 
-Tick = Callable[[int, int], None]
+RULES: dict[str, Rule] = {"sam": sam, "unnormalized": unnormalized, "random": random_direction}
+CONTROLS = ("descent", "ascent")
+"""What a step may be besides a rule: gradient descent, and `ascend`."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +124,10 @@ PAPER = Config(
 )
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
+def settings(config: Config) -> list[Setting]:
     """Every rule with each of its radii, on the network and, for two of them, on the quadratic."""
 
-    def one(rule: str, rho: float, loss: str = "network", gradient: str = "full") -> dict[str, Any]:
+    def one(rule: str, rho: float, loss: str = "network", gradient: str = "full") -> Setting:
         return {"loss": loss, "gradient": gradient, "rule": rule, "rho": rho}
 
     rising = [
@@ -174,10 +170,10 @@ def problem(
 
 def batches(
     model: nn.Module, x: Tensor, y: Tensor, size: int | None, generator: torch.Generator
-) -> Iterator[Closure]:
+) -> Iterator[Callable[[], Tensor]]:
     """Without end, the loss on one batch after another; with size None each time on all data."""
 
-    def on(inputs: Tensor, labels: Tensor) -> Closure:
+    def on(inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
         return lambda: squared_error(model(inputs), labels)
 
     while True:
@@ -191,33 +187,26 @@ def batches(
 @lru_cache(maxsize=64)
 def start(
     config: Config, seed: int = 0, device: str = "cpu", minibatch: bool = False
-) -> tuple[Tensor, ...]:
-    """The weights at the switch, shared by all settings of a seed: not to be written to."""
+) -> dict[str, Tensor]:
+    """The network's state at the switch, shared by all settings of a seed: not to be written to."""
     model, x, y = problem(config, seed, device)
     sgd = torch.optim.SGD(model.parameters(), lr=config.lr)
     plain = SAM(sgd, rho=0.0, same_rng=False)
     generator = torch.Generator().manual_seed(seed)
-    losses = batches(model, x, y, config.batch if minibatch else None, generator)
+    closures = batches(model, x, y, config.batch if minibatch else None, generator)
     for step in range(config.trunk + config.settle):
         if step == config.trunk:
             sgd.param_groups[0]["lr"] *= config.decay
-        plain.step(next(losses))
-    return tuple(p.detach().clone() for p in model.parameters())
-
-
-def set_weights(model: nn.Module, weights: Sequence[Tensor]) -> None:
-    """Copies the weights into the model's parameters."""
-    with torch.no_grad():
-        for p, weight in zip(model.parameters(), weights, strict=True):
-            p.copy_(weight)
+        plain.step(next(closures))
+    return model.state_dict()
 
 
 # --- from the switch on --------------------------------------------------------------------------
 
 
-def ascend(loss: Closure, params: Sequence[Tensor], rho: float) -> None:
+def ascend(closure: Callable[[], Tensor], params: Sequence[Tensor], rho: float) -> None:
     """A step of length rho along the gradient, in place: SAM's perturbation, never taken back."""
-    grads = torch.autograd.grad(loss(), params)
+    grads = torch.autograd.grad(closure(), params)
     with torch.no_grad():
         for p, epsilon in zip(params, sam(params, grads, rho), strict=True):
             p.add_(epsilon)
@@ -233,17 +222,17 @@ def measured_steps(steps: int, dense: int, moments: int) -> list[int]:
 
 def follow(
     step: Callable[[], Any],
-    loss: Closure,
+    closure: Callable[[], Tensor],
     params: Sequence[Tensor],
     moments: Sequence[int],
     tol: float = 1e-2,
-    progress: Tick = lambda done, total: None,
-) -> dict[str, list[float]]:
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Columns:
     """Takes steps, and records what becomes of the loss.
 
     Args:
         step: takes one step.
-        loss: the loss that is watched, that of the full batch.
+        closure: the loss that is watched, that of the full batch.
         params: what the steps move.
         moments: after how many steps to measure, ascending, from 0 on.
         tol: tolerance on the residual of the sharpness; the first is measured to 1e-9.
@@ -257,53 +246,43 @@ def follow(
     Raises:
         FloatingPointError: the loss is not finite any more.
     """
-    tracker = SharpnessTracker(loss, params, tol=tol)
+    tracker = SharpnessTracker(closure, params, tol=tol)
     hessian = tracker.hessian
     # along is a small part of the gradient: an error of the direction would add some of the rest
     first = hessian.top(1, 1e-9, max_hvps=1000)
     direction = first.vectors[:, 0]
     base = torch.cat([p.detach().flatten() for p in params])
-    columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    seen: list[float] = []
+    rows = Rows()
     done = 0
     for moment in moments:
+        since: list[float] = []
         while done < moment:
             step()
             done += 1
             with torch.no_grad():
-                seen.append(float(loss()))
+                since.append(float(closure()))
         pairs = tracker.measure() if done else first
-        value, gradient = hessian.loss(), hessian.gradient()
+        loss, gradient = hessian.loss(), hessian.gradient()
         here = torch.cat([p.detach().flatten() for p in params])
-        seen = seen or [value]
-        row = (
-            done,
-            value,
-            float(np.median(seen)),
-            max(seen),
-            float(gradient.norm()),
-            float(gradient @ direction),
-            float((here - base).norm()),
-            float(pairs.values[0]),
+        rows.add(
+            step=done,
+            loss=loss,
+            typical=float(np.median(since or [loss])),
+            highest=max(since or [loss]),
+            grad_norm=float(gradient.norm()),
+            along=float(gradient @ direction),
+            distance=float((here - base).norm()),
+            sharpness=float(pairs.values[0]),
         )
-        for name, entry in zip(COLUMNS, row, strict=True):
-            columns[name].append(entry)
-        seen = []
-        progress(done, moments[-1])
-    return columns
+        tick(done, moments[-1])
+    return rows.columns
 
 
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Tick = lambda done, total: None,
-) -> dict[str, list[float]]:
+def run(config: Config, cell: Cell) -> Columns:
     """One setting from the switch on; the columns are those of `follow`.
 
     A learning rate `config.lr * config.decay`, without momentum. For a live cell:
-    ``run(LIVE, {"loss": "network", "gradient": "full", "rule": "sam", "rho": 0.1}, seed=0)``.
+    ``run(LIVE, Cell({"loss": "network", "gradient": "full", "rule": "sam", "rho": 0.1}))``.
 
     Raises:
         ValueError: an unknown loss, gradient or rule, or gradient descent with a radius.
@@ -311,44 +290,44 @@ def run(
     for name, known in (
         ("loss", ("network", "quadratic")),
         ("gradient", ("full", "minibatch")),
-        ("rule", tuple(RULES)),
+        ("rule", (*RULES, *CONTROLS)),
     ):
-        if setting[name] not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {setting[name]!r}")
-    if setting["rule"] == "descent" and setting["rho"]:
-        raise ValueError(f"rho must be 0 for the rule descent, got {setting['rho']!r}")
-    minibatch = setting["gradient"] == "minibatch"
-    model, x, y = problem(config, seed, device)
-    set_weights(model, start(config, seed, str(device), minibatch))
+        if cell[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {cell[name]!r}")
+    rule, rho, seed = cell["rule"], cell["rho"], cell.seed
+    if rule == "descent" and rho:
+        raise ValueError(f"rho must be 0 for the rule descent, got {rho!r}")
+    minibatch = cell["gradient"] == "minibatch"
+    model, x, y = problem(config, seed, cell.device)
+    model.load_state_dict(start(config, seed, str(cell.device), minibatch))
     params: list[Tensor] = list(model.parameters())
 
-    def loss() -> Tensor:
+    def full() -> Tensor:
         return squared_error(model(x), y)
 
-    watched = loss
+    watched = full
     # other batches than those of the way to the start, and the same ones for every rule
     generator = torch.Generator().manual_seed(2**32 + seed)
-    losses = batches(model, x, y, config.batch if minibatch else None, generator)
-    if setting["loss"] == "quadratic":
-        params, watched = taylor(loss, params)
-        losses = itertools.repeat(watched)
+    closures = batches(model, x, y, config.batch if minibatch else None, generator)
+    if cell["loss"] == "quadratic":
+        params, watched = taylor(full, params)
+        closures = itertools.repeat(watched)
 
-    rule, rho = RULES[setting["rule"]], setting["rho"]
-    chance = torch.Generator().manual_seed(seed) if setting["rule"] == "random" else None
+    chance = torch.Generator().manual_seed(seed) if rule == "random" else None
     sgd = torch.optim.SGD(params, lr=config.lr * config.decay)
     # no loss here draws random numbers, and keeping their state takes time
-    optimizer = SAM(sgd, rho, rule=rule, generator=chance, same_rng=False)
+    optimizer = SAM(sgd, rho, rule=RULES.get(rule, sam), generator=chance, same_rng=False)
 
     def step() -> None:
-        if setting["rule"] == "ascent":
-            ascend(next(losses), params, rho)
+        if rule == "ascent":
+            ascend(next(closures), params, rho)
         else:
-            optimizer.step(next(losses))
+            optimizer.step(next(closures))
 
-    brief = setting["loss"] == "quadratic" or setting["rule"] == "ascent"
+    brief = cell["loss"] == "quadratic" or rule == "ascent"
     steps = min(config.steps, config.dense) if brief else config.steps
     moments = measured_steps(steps, config.dense, config.moments)
-    return follow(step, watched, params, moments, config.tol, progress)
+    return follow(step, watched, params, moments, config.tol, cell.tick)
 
 
 # --- what a run says -----------------------------------------------------------------------------
@@ -357,7 +336,7 @@ def run(
 def rise(run: Run) -> np.ndarray:
     """Modulus of ``along``, step by step, from the start to half of its largest value."""
     steps = run["step"]
-    every = np.abs(run["along"][steps == np.arange(len(steps))])
+    every: np.ndarray = np.abs(run["along"][steps == np.arange(len(steps))])
     return every[: int(np.flatnonzero(every >= every.max() / 2)[0]) + 1]
 
 
@@ -375,7 +354,7 @@ def predicted(run: Run, lr: float) -> np.ndarray:
     rho = np.full(steps, run.settings["rho"])
     if run.settings["rule"] == "sam":
         rho = rho / run["grad_norm"][:steps]
-    return growth(lr, run["sharpness"][0], rho)
+    return np.asarray(growth(lr, run["sharpness"][0], rho))
 
 
 def rate(run: Run) -> float:
@@ -403,10 +382,10 @@ def shapes(run: Run, column: str, points: int = 30) -> tuple[float, float]:
     def residual(curve: np.ndarray) -> float:
         # least squares for c and A, each residual relative to y
         columns = np.stack([np.ones_like(t), curve], axis=1) / y[:, None]
-        found = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)[0]
-        if found[0] < 0:
-            found = np.array([0.0, columns[:, 1].sum() / (columns[:, 1] ** 2).sum()])
-        return float(np.sqrt(np.mean((columns @ found - 1) ** 2)))
+        weights = np.linalg.lstsq(columns, np.ones_like(y), rcond=None)[0]
+        if weights[0] < 0:
+            weights = np.array([0.0, columns[:, 1].sum() / (columns[:, 1] ** 2).sum()])
+        return float(np.sqrt(np.mean((columns @ weights - 1) ** 2)))
 
     exponents, powers = np.geomspace(0.1 / t[-1], 1.0, 300), np.geomspace(0.01, 4.0, 300)
     return (
@@ -423,33 +402,10 @@ def learning_rate(config: Mapping[str, Any]) -> float:
     return float(config["lr"] * config["decay"])
 
 
-def runs_of(
-    result: Result, seed: int, rule: str, gradient: str = "full", loss: str = "network"
-) -> list[Run]:
+def runs_of(runs: SeedRuns, rule: str, gradient: str = "full", loss: str = "network") -> list[Run]:
     """The runs of a rule, one a radius, the smallest first."""
-    found = result.select(rule=rule, gradient=gradient, loss=loss, seed=seed)
-    return sorted(found, key=lambda run: run.settings["rho"])
-
-
-def _each_radius(
-    choose: Callable[[list[float]], float],
-    statistic: Callable[[Result, Run], float],
-    rule: str = "sam",
-    gradient: str = "full",
-) -> Callable[[Result], list[float]]:
-    return each_seed(
-        lambda result, seed: choose(
-            [statistic(result, run) for run in runs_of(result, seed, rule, gradient)]
-        )
-    )
-
-
-def _over_radii(
-    choose: Callable[[list[float]], float],
-    statistic: Callable[[Run], float],
-    rule: str = "sam",
-) -> Callable[[Result], list[float]]:
-    return _each_radius(choose, lambda result, run: statistic(run), rule)
+    matching = runs.all(rule=rule, gradient=gradient, loss=loss)
+    return sorted(matching, key=lambda run: run.settings["rho"])
 
 
 def _final(run: Run, column: str) -> float:
@@ -457,19 +413,17 @@ def _final(run: Run, column: str) -> float:
     return float(np.median(run[column][-max(len(run[column]) // 10, 3) :]))
 
 
+def _final_loss(run: Run) -> float:
+    return _final(run, "typical") / float(run["loss"][0])
+
+
 def _peak(run: Run) -> float:
     return float(run["highest"].max() / run["loss"][0])
 
 
-def _held(result: Result, seed: int) -> float:
-    """The largest rise of the two controls, as a share of SAM's with the same (largest) radius."""
-    beside = runs_of(result, seed, "sam")[-1]
-    controls = (runs_of(result, seed, rule)[0] for rule in ("descent", "random"))
-    return max((_peak(run) - 1) / (_peak(beside) - 1) for run in controls)
-
-
-def _rate_ratio(result: Result, run: Run) -> float:
-    return rate(run) / float(np.log(predicted(run, learning_rate(result.config))[0]))
+def _over_predicted(runs: SeedRuns, run: Run) -> float:
+    """The exponent of the rise over that of the theory."""
+    return rate(run) / float(np.log(predicted(run, learning_rate(runs.config))[0]))
 
 
 def _constancy(run: Run) -> float:
@@ -486,27 +440,14 @@ def _constancy(run: Run) -> float:
     return float(second / (len(levels) - 1 - half) / (first / half))
 
 
-def _step_by_step(result: Result, run: Run) -> float:
+def _step_by_step(runs: SeedRuns, run: Run) -> float:
     """Error of the predicted exponents of all steps, over that of the best constant one."""
     exponents = np.diff(np.log(rise(run)))
-    error = exponents - np.log(predicted(run, learning_rate(result.config)))
+    error = exponents - np.log(predicted(run, learning_rate(runs.config)))
     return float(np.sqrt(np.mean(error**2)) / np.std(exponents))
 
 
-def _foretold(result: Result, seed: int) -> float:
-    """The height at the end of the rise over that on the quadratic, where farthest from 1."""
-    ratios = []
-    for rule in ("sam", "unnormalized"):
-        living, frozen = (
-            runs_of(result, seed, rule, loss=loss) for loss in ("network", "quadratic")
-        )
-        for one, other in zip(living, frozen, strict=True):
-            end = len(rise(one)) - 1
-            ratios.append(float(np.abs(one["along"][end] / other["along"][end])))
-    return farthest_from_one(ratios)
-
-
-def _falls_within(result: Result, run: Run) -> float:
+def _fall(runs: SeedRuns, run: Run) -> float:
     """Steps from the peak until nine tenths of the rise are gone, over those to the start.
 
     Where that does not happen it is all steps from the peak on.
@@ -515,47 +456,185 @@ def _falls_within(result: Result, run: Run) -> float:
     level = run["loss"][0] + 0.1 * (run["highest"][peak] - run["loss"][0])
     below = np.flatnonzero(run["typical"][peak:] <= level)
     end = run["step"][peak + below[0] if len(below) else -1]
-    way = result.config["trunk"] + result.config["settle"]
+    way = runs.config["trunk"] + runs.config["settle"]
     return float((end - run["step"][peak]) / way)
 
 
-def _flatter(result: Result, seed: int, gradient: str) -> float:
-    """Final sharpness over that of gradient descent after as many steps, where largest."""
-    control = _final(runs_of(result, seed, "descent", gradient)[0], "sharpness")
-    return max(_final(run, "sharpness") / control for run in runs_of(result, seed, "sam", gradient))
+def _flatter(runs: SeedRuns, gradient: str) -> float:
+    """Final sharpness over that of descent after as many steps, where it is largest."""
+    descent = _final(runs_of(runs, "descent", gradient)[0], "sharpness")
+    return max(_final(run, "sharpness") / descent for run in runs_of(runs, "sam", gradient))
 
 
-def _noisy_peak(result: Result, seed: int) -> float:
-    control = runs_of(result, seed, "descent", "minibatch")[0]["highest"].max()
-    return min(
-        float(run["highest"].max() / control) for run in runs_of(result, seed, "sam", "minibatch")
+def _exponential_over_power(run: Run, column: str) -> float:
+    exponential, power = shapes(run, column)
+    return exponential / power
+
+
+@claim(ZHOU, low=2.0)
+def sam_escapes(runs: SeedRuns) -> float:
+    """After the switch to SAM the training loss rises: highest over that of the start, at the
+    radius where it rises least"""
+    return min(map(_peak, runs_of(runs, "sam")))
+
+
+@claim(CONTROL, high=0.05)
+def controls_stay(runs: SeedRuns) -> float:
+    """Neither gradient descent nor random perturbations of SAM's length make the training loss
+    rise: their highest rise as a share of SAM's"""
+    beside = runs_of(runs, "sam")[-1]  # of the same, the largest, radius
+    controls = (runs_of(runs, rule)[0] for rule in ("descent", "random"))
+    return max((_peak(run) - 1) / (_peak(beside) - 1) for run in controls)
+
+
+@claim(ZHOU, 0.9, 1.1, headline=True)
+def unnormalized_rate(runs: SeedRuns) -> float:
+    """The rise of the unnormalised rule has the rate that linear stability predicts from the
+    sharpness at the start: fitted exponent over predicted, at the radius where farthest from 1"""
+    return farthest_from_one(_over_predicted(runs, run) for run in runs_of(runs, "unnormalized"))
+
+
+@claim(ZHOU, 0.8, 1.25)
+def unnormalized_exponential(runs: SeedRuns) -> float:
+    """The rise of the unnormalised rule is exponential, of one rate from beginning to end: mean
+    exponent in the second half of its steps over the first, at the radius where farthest from 1"""
+    return farthest_from_one(map(_constancy, runs_of(runs, "unnormalized")))
+
+
+@claim(ABSTRACT, 0.8, 1.25, headline=True)
+def normalized_exponential(runs: SeedRuns) -> float:
+    """The rise of SAM as it is used, with normalised perturbations, is exponential: mean exponent
+    in the second half of its steps over the first, at the radius where farthest from 1"""
+    return farthest_from_one(map(_constancy, runs_of(runs, "sam")))
+
+
+@claim(CONTROL, high=0.5)
+def step_by_step(runs: SeedRuns) -> float:
+    """SAM's rise goes step by step by |1 - lr λ (1 + rho λ/|g|)| with the |g| of the step: error of
+    its exponents over that of the best constant one, at the radius where largest"""
+    return max(_step_by_step(runs, run) for run in runs_of(runs, "sam"))
+
+
+@claim(ZHOU, 0.5, 2.0)
+def foretold(runs: SeedRuns) -> float:
+    """The second-order model of the loss at the start foretells the rise of both rules: height at
+    the end of the rise over the model's, at the setting where farthest from 1"""
+    ratios = []
+    for rule in ("sam", "unnormalized"):
+        on_network, on_model = (runs_of(runs, rule, loss=loss) for loss in ("network", "quadratic"))
+        for run, model in zip(on_network, on_model, strict=True):
+            end = len(rise(run)) - 1
+            ratios.append(float(np.abs(run["along"][end] / model["along"][end])))
+    return farthest_from_one(ratios)
+
+
+@claim(ABSTRACT, high=0.2)
+def falls(runs: SeedRuns) -> float:
+    """After SAM's escape the loss falls fast: steps until nine tenths of the rise are gone, over
+    the steps that led to the start, at the radius where largest"""
+    return max(_fall(runs, run) for run in runs_of(runs, "sam"))
+
+
+@claim(ZHOU, high=1.25)
+def back(runs: SeedRuns) -> float:
+    """After SAM's escape the loss comes back to where it was: final loss over that of the start, at
+    the radius where largest"""
+    return max(map(_final_loss, runs_of(runs, "sam")))
+
+
+@claim(ZHOU, high=1.25)
+def unnormalized_back(runs: SeedRuns) -> float:
+    """With the unnormalised rule, whose perturbation shrinks with the gradient, the loss comes back
+    to where it was: final loss over that of the start, at the radius where largest"""
+    return max(map(_final_loss, runs_of(runs, "unnormalized")))
+
+
+@claim(ABSTRACT, high=0.8)
+def flatter(runs: SeedRuns) -> float:
+    """SAM ends flatter: final sharpness over that of gradient descent after as many steps, at the
+    radius where largest"""
+    return _flatter(runs, "full")
+
+
+@claim(ZHOU, 0.9, 1.1)
+def at_its_edge(runs: SeedRuns) -> float:
+    """The unnormalised rule ends where linear stability says that it can stay: final sharpness over
+    its edge, at the radius where farthest from 1"""
+    lr = learning_rate(runs.config)
+    return farthest_from_one(
+        _final(run, "sharpness") / sam_edge(lr, run.settings["rho"], 1.0)
+        for run in runs_of(runs, "unnormalized")
     )
 
 
-def _at_its_edge(result: Result, run: Run) -> float:
-    edge = sam_edge(learning_rate(result.config), run.settings["rho"], 1.0)
-    return float(_final(run, "sharpness") / edge)
+@claim(ZHOU, high=1.0)
+def exponential_sharpness(runs: SeedRuns) -> float:
+    """The sharpness settles exponentially rather than by a power law: residual of the former over
+    that of the latter, at the radius where largest"""
+    return max(_exponential_over_power(run, "sharpness") for run in runs_of(runs, "sam"))
 
 
-def _climbs(result: Result, seed: int) -> float:
-    """Loss of the ascent at its last step over SAM's there, with the same radius."""
-    ascent = runs_of(result, seed, "ascent")[0]
-    beside = runs_of(result, seed, "sam")[0]
+@claim(ZHOU, high=1.0)
+def exponential_loss(runs: SeedRuns) -> float:
+    """The training loss settles exponentially rather than by a power law: residual of the former
+    over that of the latter, at the radius where largest"""
+    return max(_exponential_over_power(run, "typical") for run in runs_of(runs, "sam"))
+
+
+@claim(ZHOU, low=2.0)
+def minibatch_escapes(runs: SeedRuns) -> float:
+    """With minibatches, from the solution of SGD, the loss rises too: highest over that of SGD
+    going on, at the radius where least"""
+    descent = runs_of(runs, "descent", "minibatch")[0]["highest"].max()
+    rises = [run["highest"].max() / descent for run in runs_of(runs, "sam", "minibatch")]
+    return float(min(rises))
+
+
+@claim(CONTROL, 0.75, 1.5)
+def minibatch_rate(runs: SeedRuns) -> float:
+    """The unnormalised rule's rise with minibatches has the rate that linear stability predicts
+    without their noise: fitted exponent over predicted"""
+    return farthest_from_one(
+        _over_predicted(runs, run) for run in runs_of(runs, "unnormalized", "minibatch")
+    )
+
+
+@claim(ZHOU, high=0.8)
+def minibatch_flatter(runs: SeedRuns) -> float:
+    """With minibatches too SAM ends flatter: final sharpness over that of SGD going on, at the
+    radius where largest"""
+    return _flatter(runs, "minibatch")
+
+
+@claim(CONTROL, low=10.0)
+def ascent_climbs(runs: SeedRuns) -> float:
+    """A loop that does not restore the weights is no SAM: its loss over SAM's after as many steps
+    of the same radius"""
+    ascent, beside = (runs_of(runs, rule)[0] for rule in ("ascent", "sam"))
     at = int(np.flatnonzero(beside["step"] == ascent["step"][-1])[0])
     return float(ascent["loss"][-1] / beside["loss"][at])
 
 
-def _final_loss(run: Run) -> float:
-    return _final(run, "typical") / float(run["loss"][0])
-
-
-def _shape_ratio(column: str) -> Callable[[Run], float]:
-    def ratio(run: Run) -> float:
-        exponential, power = shapes(run, column)
-        return exponential / power
-
-    return ratio
-
+CLAIMS = [
+    sam_escapes,
+    controls_stay,
+    unnormalized_rate,
+    unnormalized_exponential,
+    normalized_exponential,
+    step_by_step,
+    foretold,
+    falls,
+    back,
+    unnormalized_back,
+    flatter,
+    at_its_edge,
+    exponential_sharpness,
+    exponential_loss,
+    minibatch_escapes,
+    minibatch_rate,
+    minibatch_flatter,
+    ascent_climbs,
+]
 
 EXPERIMENT = Experiment(
     name="escape",
@@ -564,168 +643,5 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "paper": PAPER},
     settings=settings,
     run=run,
-    claims=[
-        Claim(
-            "sam-escapes",
-            "After the switch to SAM the training loss rises: highest over that of the start, at "
-            "the radius where it rises least",
-            ZHOU,
-            "",
-            _over_radii(min, _peak),
-            Criterion(low=2.0),
-        ),
-        Claim(
-            "controls-stay",
-            "Neither gradient descent nor random perturbations of SAM's length do so: their "
-            "highest rise as a share of SAM's",
-            "control",
-            "",
-            each_seed(_held),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "unnormalized-rate",
-            "The rise of the unnormalised rule has the rate that linear stability predicts from "
-            "the sharpness at the start: fitted exponent over predicted, at the radius where "
-            "farthest from 1",
-            ZHOU,
-            "",
-            _each_radius(farthest_from_one, _rate_ratio, "unnormalized"),
-            Criterion(0.9, 1.1),
-        ),
-        Claim(
-            "unnormalized-exponential",
-            "It is exponential, of one rate from beginning to end: mean exponent in the second "
-            "half of its steps over the first, at the radius where farthest from 1",
-            ZHOU,
-            "",
-            _over_radii(farthest_from_one, _constancy, "unnormalized"),
-            Criterion(0.8, 1.25),
-        ),
-        Claim(
-            "normalized-exponential",
-            "So is the rise of SAM as it is used, with normalised perturbations: the same ratio",
-            ZHOU,
-            "",
-            _over_radii(farthest_from_one, _constancy),
-            Criterion(0.8, 1.25),
-        ),
-        Claim(
-            "step-by-step",
-            "SAM's rise goes step by step by |1 - lr λ (1 + rho λ/|g|)| with the |g| of the step: "
-            "error of its exponents over that of the best constant one, at the radius where "
-            "largest",
-            "control",
-            "",
-            _each_radius(max, _step_by_step),
-            Criterion(high=0.5),
-        ),
-        Claim(
-            "foretold",
-            "The second-order model of the loss at the start foretells the rise of both rules: "
-            "height at the end of the rise over the model's, at the setting where farthest from 1",
-            ZHOU,
-            "",
-            each_seed(_foretold),
-            Criterion(0.5, 2.0),
-        ),
-        Claim(
-            "falls",
-            "The loss then falls fast: steps until nine tenths of the rise are gone, over the "
-            "steps that led to the start, at the radius where largest",
-            ZHOU,
-            "",
-            _each_radius(max, _falls_within),
-            Criterion(high=0.2),
-        ),
-        Claim(
-            "back",
-            "It comes back to where it was: final loss over that of the start, at the radius where "
-            "largest",
-            ZHOU,
-            "",
-            _over_radii(max, _final_loss),
-            Criterion(high=1.25),
-        ),
-        Claim(
-            "unnormalized-back",
-            "It does with the unnormalised rule, whose perturbation shrinks with the gradient: the "
-            "same ratio",
-            ZHOU,
-            "",
-            _over_radii(max, _final_loss, "unnormalized"),
-            Criterion(high=1.25),
-        ),
-        Claim(
-            "flatter",
-            "SAM ends flatter: final sharpness over that of gradient descent after as many steps, "
-            "at the radius where largest",
-            ZHOU,
-            "",
-            each_seed(lambda result, seed: _flatter(result, seed, "full")),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "at-its-edge",
-            "The unnormalised rule ends where linear stability says that it can stay: final "
-            "sharpness over its edge, at the radius where farthest from 1",
-            ZHOU,
-            "",
-            _each_radius(farthest_from_one, _at_its_edge, "unnormalized"),
-            Criterion(0.9, 1.1),
-        ),
-        Claim(
-            "exponential-sharpness",
-            "The sharpness settles exponentially rather than by a power law: residual of the "
-            "former over that of the latter, at the radius where largest",
-            ZHOU,
-            "",
-            _over_radii(max, _shape_ratio("sharpness")),
-            Criterion(high=1.0),
-        ),
-        Claim(
-            "exponential-loss",
-            "So does the training loss: the same ratio",
-            ZHOU,
-            "",
-            _over_radii(max, _shape_ratio("typical")),
-            Criterion(high=1.0),
-        ),
-        Claim(
-            "minibatch-escapes",
-            "With minibatches, from the solution of SGD, the loss rises too: highest over that of "
-            "SGD going on, at the radius where least",
-            ZHOU,
-            "",
-            each_seed(_noisy_peak),
-            Criterion(low=2.0),
-        ),
-        Claim(
-            "minibatch-rate",
-            "The unnormalised rule's rise with minibatches has the rate that linear stability "
-            "predicts without their noise: fitted exponent over predicted",
-            "control",
-            "",
-            _each_radius(farthest_from_one, _rate_ratio, "unnormalized", "minibatch"),
-            Criterion(0.75, 1.5),
-        ),
-        Claim(
-            "minibatch-flatter",
-            "There too SAM ends flatter: final sharpness over that of SGD going on, at the radius "
-            "where largest",
-            ZHOU,
-            "",
-            each_seed(lambda result, seed: _flatter(result, seed, "minibatch")),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "ascent-climbs",
-            "A loop that does not restore the weights is no SAM: its loss over SAM's after as many "
-            "steps of the same radius",
-            "control",
-            "",
-            each_seed(_climbs),
-            Criterion(low=10.0),
-        ),
-    ],
+    claims=CLAIMS,
 )

@@ -127,8 +127,8 @@ def arrival(run: Run) -> float:
     """
     there = ratio(run) >= ARRIVED
     onward = np.cumsum(there[::-1])[::-1] / np.arange(len(there), 0, -1)
-    found = np.flatnonzero(there & (onward >= LASTING))
-    first = run["step"][found[0]] if len(found) else run["step"][-1]
+    candidates = run["step"][there & (onward >= LASTING)]
+    first = candidates[0] if len(candidates) else run["step"][-1]
     return float(max(first, run["step"][1]))
 
 

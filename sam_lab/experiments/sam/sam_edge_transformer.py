@@ -16,9 +16,8 @@ measured twice, at the same steps:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_lab import models, text
-from sam_lab.experiments import at_the_edge
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.statistics import each_seed, late_median, late_width
+from sam_lab.experiments.lab.claims import CONTROL, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Run, SeedRuns
+from sam_lab.experiments.lab.statistics import second_half_median, second_half_width
+from sam_lab.experiments.sam import at_the_edge
+from sam_lab.experiments.sam.at_the_edge import descent, perturbed, ratio
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 
@@ -126,16 +128,10 @@ def problem(
     return model, loss, fixed, draw
 
 
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def run(config: Config, cell: Cell) -> Columns:
     """One run; the columns of `EdgeRecorder` on the fixed batch, and on the current one."""
-    model, loss, fixed, draw = problem(config, seed, device)
-    sam = SAM(torch.optim.SGD(model.parameters(), lr=setting["lr"]), setting["rho"], model)
+    model, loss, fixed, draw = problem(config, cell.seed, cell.device)
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=cell["lr"]), cell["rho"], model)
     batch = draw()
 
     def current() -> Tensor:
@@ -148,7 +144,7 @@ def run(
         record_batch()
         sam.step(current)
         batch = draw()
-        progress(step + 1, config.steps)
+        cell.tick(step + 1, config.steps)
     record(now=True)
     record_batch(now=True)
     return record.columns | {PREFIX + name: kept for name, kept in record_batch.columns.items()}
@@ -162,35 +158,70 @@ def batch_ratio(run: Run) -> np.ndarray:
     return run[PREFIX + "sharpness"] / run[PREFIX + "sam_edge"]
 
 
-def _mean(values: list[float]) -> float:
-    """Of quotients: twice as much and half as much cancel."""
-    return float(np.exp(np.mean(np.log(values))))
+def _over_fixed(run: Run, name: str) -> float:
+    """A column's second-half median on the current batch, over that on the fixed one."""
+    return second_half_median(run[PREFIX + name]) / second_half_median(run[name])
 
 
-def _overall(
-    statistic: Callable[[Run], float], sam_only: bool = False
-) -> Callable[[Result], list[float]]:
-    """For each seed, the mean of a statistic over its runs, or over those of SAM."""
-
-    def runs(result: Result, seed: int) -> list[Run]:
-        if sam_only:
-            return at_the_edge.perturbed_runs(result, seed)
-        return [run for run in result.runs if run.seed == seed]
-
-    return each_seed(lambda result, seed: _mean([statistic(run) for run in runs(result, seed)]))
+def _mean(quotients: Iterable[float]) -> float:
+    """The geometric mean: twice as much and half as much cancel."""
+    return float(np.exp(np.mean(np.log(list(quotients)))))
 
 
-def _start(result: Result, seed: int) -> float:
-    return float(at_the_edge.ratio(at_the_edge.descent(result, seed, min(result.config["lrs"])))[0])
-
-
-def _beside_descent(result: Result, seed: int) -> float:
+@claim(CONTROL, 0.8, 1.25, headline=True)
+def sam_as_sgd(runs: SeedRuns) -> float:
+    """SAM is as near to its edge as SGD of the same learning rate is to 2/lr, whatever minibatches
+    do to either: quotient of the second-half medians of sharpness over edge, at the setting where
+    it is farthest from 1"""
     quotients = [
-        late_median(at_the_edge.ratio(run))
-        / late_median(at_the_edge.ratio(at_the_edge.descent(result, seed, run.settings["lr"])))
-        for run in at_the_edge.perturbed_runs(result, seed)
+        second_half_median(ratio(run))
+        / second_half_median(ratio(descent(runs, run.settings["lr"])))
+        for run in perturbed(runs)
     ]
     return max(quotients, key=lambda quotient: abs(np.log(quotient)))
+
+
+@claim(CONTROL, low=1.0)
+def starts_beyond(runs: SeedRuns) -> float:
+    """The Transformer starts beyond the edge, so that there is nothing to arrive at: sharpness over
+    2/lr before the first step, at the smallest learning rate"""
+    return float(ratio(descent(runs, min(runs.config["lrs"])))[0])
+
+
+@claim(CONTROL, low=1.2)
+def batch_scatters(runs: SeedRuns) -> float:
+    """On the current batch, sharpness over edge scatters more than on the fixed one: quotient of
+    the widths from the 10th to the 90th percentile in the second half, geometric mean over
+    settings"""
+    return _mean(
+        second_half_width(batch_ratio(run)) / second_half_width(ratio(run)) for run in runs.runs
+    )
+
+
+@claim(CONTROL, low=1.02)
+def batch_sharper(runs: SeedRuns) -> float:
+    """The current batch is sharper than the fixed one, as the largest eigenvalue of a noisy matrix
+    is on average above that of its mean: quotient of the second-half medians of sharpness,
+    geometric mean over settings"""
+    return _mean(_over_fixed(run, "sharpness") for run in runs.runs)
+
+
+@claim(CONTROL, low=1.05)
+def batch_edge_higher(runs: SeedRuns) -> float:
+    """The current batch's gradient is longer by its noise, which raises SAM's edge too: quotient of
+    the second-half medians of the edge, geometric mean over the settings of SAM"""
+    return _mean(_over_fixed(run, "sam_edge") for run in perturbed(runs))
+
+
+@claim(CONTROL, 0.9, 1.1)
+def batch_reads_alike(runs: SeedRuns) -> float:
+    """What noise does to sharpness and edge nearly cancels in SAM's ratio of the two: that on the
+    current batch over that on the fixed one, second-half medians, geometric mean over the settings
+    of SAM"""
+    return _mean(
+        second_half_median(batch_ratio(run)) / second_half_median(ratio(run))
+        for run in perturbed(runs)
+    )
 
 
 EXPERIMENT = Experiment(
@@ -201,73 +232,12 @@ EXPERIMENT = Experiment(
     settings=at_the_edge.grid,
     run=run,
     claims=[
-        *at_the_edge.claims(),
-        Claim(
-            "sam-as-sgd",
-            "SAM is as near to its edge as SGD of the same learning rate is to 2/lr, whatever "
-            "minibatches do to either: quotient of the second-half medians of sharpness over "
-            "edge, at the setting where it is farthest from 1",
-            "control",
-            "",
-            each_seed(_beside_descent),
-            Criterion(0.8, 1.25),
-        ),
-        Claim(
-            "starts-beyond",
-            "The Transformer starts beyond the edge, so that there is nothing to arrive at: "
-            "sharpness over 2/lr before the first step, at the smallest learning rate",
-            "control",
-            "",
-            each_seed(_start),
-            Criterion(low=1.0),
-        ),
-        Claim(
-            "batch-scatters",
-            "On the current batch, sharpness over edge scatters more than on the fixed one: "
-            "quotient of the widths from the 10th to the 90th percentile in the second half, "
-            "geometric mean over settings",
-            "control",
-            "",
-            _overall(lambda run: late_width(batch_ratio(run)) / late_width(at_the_edge.ratio(run))),
-            Criterion(low=1.2),
-        ),
-        Claim(
-            "batch-sharper",
-            "The current batch is sharper than the fixed one, as the largest eigenvalue of a noisy "
-            "matrix is on average above that of its mean: quotient of the second-half medians of "
-            "sharpness, geometric mean over settings",
-            "control",
-            "",
-            _overall(
-                lambda run: late_median(run[PREFIX + "sharpness"]) / late_median(run["sharpness"])
-            ),
-            Criterion(low=1.02),
-        ),
-        Claim(
-            "batch-edge-higher",
-            "The current batch's gradient is longer by its noise, which raises SAM's edge too: "
-            "quotient of the second-half medians of the edge, geometric mean over the settings of "
-            "SAM",
-            "control",
-            "",
-            _overall(
-                lambda run: late_median(run[PREFIX + "sam_edge"]) / late_median(run["sam_edge"]),
-                True,
-            ),
-            Criterion(low=1.05),
-        ),
-        Claim(
-            "batch-reads-alike",
-            "What noise does to sharpness and edge nearly cancels in SAM's ratio of the two: that "
-            "on the current batch over that on the fixed one, second-half medians, geometric mean "
-            "over the settings of SAM",
-            "control",
-            "",
-            _overall(
-                lambda run: late_median(batch_ratio(run)) / late_median(at_the_edge.ratio(run)),
-                True,
-            ),
-            Criterion(0.9, 1.1),
-        ),
+        *at_the_edge.CLAIMS,
+        sam_as_sgd,
+        starts_beyond,
+        batch_scatters,
+        batch_sharper,
+        batch_edge_higher,
+        batch_reads_alike,
     ],
 )

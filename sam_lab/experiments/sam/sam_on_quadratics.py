@@ -1,20 +1,8 @@
 r"""The control for SAM's edge: what SAM does where the curvature cannot change.
 
-On a quadratic, SAM multiplies the component of the gradient g along an eigenvector of curvature
-$\lambda$ by
-
-$$m = 1 - \eta\lambda\,(1 + \rho\lambda / \|g\|).$$
-
-`sam_edge` is the curvature at which m = -1 for a given $\|g\|$. The same equation solved for the
-gradient instead says at which $\|g\|$ a given curvature is exactly at the edge:
-
-$$\|g\| = r(\lambda) = \frac{\eta\rho\lambda^2}{2 - \eta\lambda}.$$
-
-With a shorter gradient than $r(\lambda_1)$ the component along the top eigenvector grows, with a
-longer one it shrinks: the gradient is a thermostat, and SAM comes to bounce between two points at
-which the sharpness over the SAM edge is 1. No curvature has moved; the edge has come to it. (That
-SAM on a convex quadratic ends in this cycle is shown by Bartlett, Long & Bousquet 2022.) So a ratio
-of 1 alone is weak evidence that SAM has lowered the sharpness of a network.
+On a quadratic SAM's gradient adapts until the SAM edge *is* the sharpness (see `quadratics`). No
+curvature has moved; the edge has come to it. So a ratio of 1 alone is weak evidence that SAM has
+lowered the sharpness of a network.
 
 The studies, each with its settings:
 
@@ -38,9 +26,8 @@ The loss of the networks is the mean over examples and classes of (output - one-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,20 +35,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_lab import data, models
-from sam_lab.curvature import Hessian
-from sam_lab.experiments.at_the_edge import follow, ratio
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.statistics import each_seed, farthest_from_one, late, late_median
-from sam_lab.objective import Closure
+from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment, Studies, Study
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns
+from sam_lab.experiments.lab.statistics import (
+    farthest_from_one,
+    second_half,
+    second_half_median,
+)
+from sam_lab.experiments.sam.at_the_edge import follow, ratio
+from sam_lab.experiments.sam.quadratics import (
+    linearised,
+    multiplier,
+    orbit_norm,
+    quadratic,
+    spectrum,
+    taylor,
+)
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
 
-BARTLETT = "Bartlett, Long & Bousquet 2022"
-LONG_BARTLETT = "Long & Bartlett 2024"
+BARTLETT = Source("Bartlett, Long & Bousquet 2022", "after")
+LONG_BARTLETT = Source("Long & Bartlett 2024", "after")
 KEPT = ("step", "loss", "sharpness", "grad_norm", "sam_edge", "grad_align")
-
-Tick = Callable[[int, int], None]
+PATHS = ("living", "linearised", "taylor")
 
 
 @dataclass(frozen=True)
@@ -131,88 +129,16 @@ PAPER = Config(
 )
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
-    """The five studies."""
-    grid = [
-        {"study": "bisection", "lr": lr, "rho": rho} for lr in config.lrs for rho in config.rhos
-    ]
-    return [
-        *grid,
-        *({"study": "spectrum", "fraction": fraction} for fraction in config.fractions),
-        *({"study": "pair", "gap": gap} for gap in config.gaps),
-        *({"study": "noise", "noise": noise} for noise in config.noises),
-        *({"study": "network", "path": path} for path in ("living", "linearised", "taylor")),
-    ]
-
-
-# --- the theory ----------------------------------------------------------------------------------
-
-
-def multiplier(lr: float, rho: float, curvature: float, grad_norm: float) -> float:
-    """What one step of SAM multiplies the gradient's component of this curvature by."""
-    return 1 - lr * curvature * (1 + rho * curvature / grad_norm)
-
-
-def orbit_norm(lr: float, rho: float, curvature: float) -> float:
-    """Gradient norm at which `curvature` is the SAM edge: that of the period-2 orbit.
-
-    Raises:
-        ValueError: the curvature is not below 2/lr. SAM then leaves, as gradient descent does.
-    """
-    if not 0 < curvature < gd_edge(lr):
-        raise ValueError(
-            f"curvature must lie between 0 and 2/lr = {gd_edge(lr):g}: there is no orbit at "
-            f"{curvature:g}"
-        )
-    return lr * rho * curvature**2 / (2 - lr * curvature)
-
-
 def _sam(params: Iterable[Tensor], lr: float, rho: float) -> SAM:
     # no loss here draws random numbers, and keeping their state takes half the time of a step
     return SAM(torch.optim.SGD(params, lr=lr), rho, same_rng=False)
 
 
-# --- quadratics ----------------------------------------------------------------------------------
+def _generator(cell: Cell) -> torch.Generator:
+    return torch.Generator().manual_seed(cell.seed)
 
 
-def spectrum(top: float, dim: int, span: float, generator: torch.Generator) -> Tensor:
-    """Eigenvalues (dim,) float64, descending: `top`, the rest log-uniform from `span * top` to it.
-
-    Raises:
-        ValueError: span is not in (0, 1].
-    """
-    if not 0 < span <= 1:
-        raise ValueError(f"span must lie in (0, 1], got {span}")
-    shares = span ** torch.rand(dim - 1, generator=generator, dtype=torch.float64)
-    return top * torch.cat([torch.ones(1, dtype=torch.float64), shares.sort(descending=True)[0]])
-
-
-def quadratic(
-    eigenvalues: Tensor,
-    coordinates: Tensor,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-) -> tuple[Closure, Tensor, Tensor]:
-    """The loss w.Hw / 2 with these eigenvalues, in a random orthonormal basis.
-
-    The basis matters for rounding alone: in that of the eigenvectors a component that has died out
-    is exactly zero, and cannot come back.
-
-    Args:
-        eigenvalues: (n,) float64.
-        coordinates: (n,) of the start, in the basis of the eigenvectors.
-
-    Returns:
-        The closure, the weights (n,) that it reads, and the eigenvectors (n, n) as columns.
-    """
-    noise = torch.randn(
-        len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64
-    )
-    basis = torch.linalg.qr(noise)[0]
-    H = (basis * eigenvalues) @ basis.T
-    H = ((H + H.T) / 2).to(device)
-    w = (basis @ coordinates).to(device).requires_grad_()
-    return lambda: 0.5 * w @ (H @ w), w, basis.to(device)
+# --- the edge by brute force ---------------------------------------------------------------------
 
 
 def threshold(lr: float, rho: float, gradient: Tensor, shares: Tensor) -> float:
@@ -240,63 +166,112 @@ def threshold(lr: float, rho: float, gradient: Tensor, shares: Tensor) -> float:
         low, high = (low, middle) if grows(middle) else (middle, high)
 
 
+def bisection(config: Config, cell: Cell) -> Columns:
+    """The edge by brute force, for gradients of random directions.
+
+    Columns, one entry a gradient norm: ``grad_norm``, ``threshold``, ``formula``, and ``error``,
+    their ratio less 1.
+    """
+    generator = _generator(cell)
+    rows = Rows()
+    for norm in config.norms:
+        shares = spectrum(1.0, config.dim, config.span, generator)
+        gradient = torch.randn(config.dim, generator=generator, dtype=torch.float64)
+        gradient *= norm / gradient.norm()
+        measured = threshold(cell["lr"], cell["rho"], gradient, shares)
+        formula = sam_edge(cell["lr"], cell["rho"], norm)
+        rows.add(grad_norm=norm, threshold=measured, formula=formula, error=measured / formula - 1)
+    return rows.columns
+
+
+# --- fixed quadratics ----------------------------------------------------------------------------
+
+
+def settling(config: Config, cell: Cell) -> Columns:
+    """SAM on a fixed quadratic from a random start.
+
+    Columns: those of `KEPT` as `EdgeRecorder` gives them, at steps evenly spaced in their logarithm
+    and on the last two; and of length 1: ``orbit``, the gradient norm of the theory.
+    """
+    generator = _generator(cell)
+    top = cell["fraction"] * gd_edge(config.lr)
+    eigenvalues = spectrum(top, config.dim, config.span, generator)
+    start = config.start * torch.randn(config.dim, generator=generator, dtype=torch.float64)
+    closure, w, _ = quadratic(eigenvalues, start, generator, cell.device)
+    sam = _sam([w], config.lr, config.rho)
+    record = EdgeRecorder(sam, closure, tol=1e-8)
+    spaced = np.geomspace(1, config.steps + 1, config.moments) - 1
+    moments = {*spaced.round().astype(int).tolist(), config.steps - 1, config.steps}
+    for step in range(config.steps + 1):
+        if step in moments:
+            record()
+            cell.tick(step, config.steps)
+        if step < config.steps:
+            sam.step(closure)
+    return {
+        **{name: record.columns[name] for name in KEPT},
+        "orbit": [orbit_norm(config.lr, config.rho, top)],
+    }
+
+
+def pair(config: Config, cell: Cell) -> Columns:
+    """SAM on two eigenvalues close together, from a gradient of the orbit's length between them.
+
+    Columns, one entry a step: ``step``, ``ratio`` of the larger one to the SAM edge, ``tangent`` of
+    the angle from its eigenvector to the gradient; and of length 1: ``rate``, what the theory
+    multiplies the tangent by in a step of the orbit.
+    """
+    generator = _generator(cell)
+    top, gap = config.fraction * gd_edge(config.lr), cell["gap"]
+    eigenvalues = top * torch.tensor([1.0, 1.0 - gap], dtype=torch.float64)
+    length = orbit_norm(config.lr, config.rho, top)
+    angle = (0.2 + 0.6 * torch.rand(1, generator=generator).item()) * np.pi / 2
+    direction = torch.tensor([np.cos(angle), np.sin(angle)], dtype=torch.float64)
+    start = length * direction / eigenvalues
+    closure, w, basis = quadratic(eigenvalues, start, generator, cell.device)
+    sam = _sam([w], config.lr, config.rho)
+    rows = Rows()
+    for step in range(round(config.gap_time / gap)):
+        first, second = (eigenvalues * (basis.T @ w.detach()).cpu()).tolist()
+        edge = sam_edge(config.lr, config.rho, float(np.hypot(first, second)))
+        rows.add(step=step, ratio=top / edge, tangent=abs(second / first))
+        sam.step(closure)
+    rate = -multiplier(config.lr, config.rho, top * (1 - gap), length)
+    return {**rows.columns, "rate": [rate]}
+
+
+def noisy(config: Config, cell: Cell) -> Columns:
+    """SAM on a fixed quadratic whose gradient is measured with noise, drawn anew for each step.
+
+    Both passes of a step see the same noise, as both see the same minibatch.
+
+    Columns, every 10 steps of the second half: ``step``, ``batch`` and ``full``, the ratio of the
+    top eigenvalue to the SAM edge by the norm of the noisy gradient and of the true one.
+    """
+    generator = _generator(cell)
+    top = config.fraction * gd_edge(config.lr)
+    eigenvalues = spectrum(top, config.dim, config.span, generator)
+    start = config.start * torch.randn(config.dim, generator=generator, dtype=torch.float64)
+    closure, w, _ = quadratic(eigenvalues, start, generator, cell.device)
+    sam = _sam([w], config.lr, config.rho)
+    size = cell["noise"] * orbit_norm(config.lr, config.rho, top) / np.sqrt(config.dim)
+
+    def over_edge(gradient: Tensor) -> float:
+        return float(top / sam_edge(config.lr, config.rho, gradient.norm().item()))
+
+    rows = Rows()
+    for step in range(config.steps):
+        noise = size * torch.randn(config.dim, generator=generator, dtype=torch.float64)
+        noise = noise.to(cell.device)
+        if step >= config.steps // 2 and step % 10 == 0:
+            (gradient,) = torch.autograd.grad(closure(), w)
+            rows.add(step=step, batch=over_edge(gradient + noise), full=over_edge(gradient))
+        sam.step(lambda: closure() + noise @ w)  # noqa: B023 (called before the next draw)
+        cell.tick(step + 1, config.steps)
+    return rows.columns
+
+
 # --- frozen networks -----------------------------------------------------------------------------
-
-
-def linearised(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
-    """The first-order model of a network around its weights now: f(w0) + J (w - w0).
-
-    Exact to rounding (forward-mode derivatives), and differentiable as often as one likes: its
-    squared error is a quadratic in w, without negative eigenvalues.
-
-    Returns:
-        The weights w (copies, at w0), and a function that evaluates the outputs (N, K) at w.
-    """
-    base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    moved = {name: p.clone().requires_grad_() for name, p in base.items()}
-
-    def outputs() -> Tensor:
-        direction = {name: moved[name] - base[name] for name in base}
-        found = torch.func.jvp(
-            lambda weights: torch.func.functional_call(model, weights, (x,)), (base,), (direction,)
-        )
-        return found[0] + found[1]
-
-    return list(moved.values()), outputs
-
-
-class _Product(torch.autograd.Function):
-    """H v for a fixed symmetric operator; its own derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, H: Hessian) -> Tensor:
-        ctx.H = H
-        return H @ v
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Product.apply(grad, ctx.H), None
-
-
-def taylor(loss: Closure, params: Sequence[Tensor]) -> tuple[list[Tensor], Closure]:
-    """The second-order model of a loss around the weights now, by exact Hessian-vector products.
-
-    Where the Hessian has negative eigenvalues the model falls without bound along them. The
-    parameters of `loss` must stay where they are while it is in use.
-
-    Returns:
-        The weights w (copies, at w0), and the model's closure.
-    """
-    H = Hessian(loss, params)
-    value, gradient = H.loss(), H.gradient()
-    moved = [p.detach().clone().requires_grad_() for p in params]
-    base = torch.cat([p.detach().flatten() for p in params])
-
-    def model() -> Tensor:
-        d = torch.cat([p.flatten() for p in moved]) - base
-        return value + d @ gradient + 0.5 * d @ _Product.apply(d, H)
-
-    return moved, model
 
 
 def network(
@@ -320,151 +295,7 @@ def network(
     return model, x, target
 
 
-# --- the studies ---------------------------------------------------------------------------------
-
-
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str,
-    progress: Tick = lambda done, total: None,
-) -> dict[str, list[float]]:
-    """One setting of one study; the columns are those of the study's function."""
-    generator = torch.Generator().manual_seed(seed)
-    study = setting["study"]
-    if study == "bisection":
-        return bisection(config, setting["lr"], setting["rho"], generator)
-    if study == "spectrum":
-        return settling(config, setting["fraction"], generator, device, progress)
-    if study == "pair":
-        return pair(config, setting["gap"], generator, device)
-    if study == "noise":
-        return noisy(config, setting["noise"], generator, device, progress)
-    return frozen(config, setting["path"], seed, device, progress)
-
-
-def bisection(
-    config: Config, lr: float, rho: float, generator: torch.Generator
-) -> dict[str, list[float]]:
-    """The edge by brute force, for gradients of random directions.
-
-    Columns, one entry a gradient norm: ``grad_norm``, ``threshold``, ``formula``, and ``error``,
-    their ratio less 1.
-    """
-    columns: dict[str, list[float]] = {
-        name: [] for name in ("grad_norm", "threshold", "formula", "error")
-    }
-    for norm in config.norms:
-        shares = spectrum(1.0, config.dim, config.span, generator)
-        gradient = torch.randn(config.dim, generator=generator, dtype=torch.float64)
-        gradient *= norm / gradient.norm()
-        found, formula = threshold(lr, rho, gradient, shares), sam_edge(lr, rho, norm)
-        for name, value in zip(columns, (norm, found, formula, found / formula - 1), strict=True):
-            columns[name].append(value)
-    return columns
-
-
-def settling(
-    config: Config,
-    fraction: float,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    progress: Tick = lambda done, total: None,
-) -> dict[str, list[float]]:
-    """SAM on a fixed quadratic from a random start.
-
-    Columns: those of `KEPT` as `EdgeRecorder` gives them, at steps evenly spaced in their logarithm
-    and on the last two; and of length 1: ``orbit``, the gradient norm of the theory.
-    """
-    top = fraction * gd_edge(config.lr)
-    eigenvalues = spectrum(top, config.dim, config.span, generator)
-    start = config.start * torch.randn(config.dim, generator=generator, dtype=torch.float64)
-    loss, w, _ = quadratic(eigenvalues, start, generator, device)
-    sam = _sam([w], config.lr, config.rho)
-    record = EdgeRecorder(sam, loss, tol=1e-8)
-    spaced = np.geomspace(1, config.steps + 1, config.moments) - 1
-    moments = {*spaced.round().astype(int).tolist(), config.steps - 1, config.steps}
-    for step in range(config.steps + 1):
-        if step in moments:
-            record()
-            progress(step, config.steps)
-        if step < config.steps:
-            sam.step(loss)
-    return {
-        **{name: record.columns[name] for name in KEPT},
-        "orbit": [orbit_norm(config.lr, config.rho, top)],
-    }
-
-
-def pair(
-    config: Config, gap: float, generator: torch.Generator, device: torch.device | str = "cpu"
-) -> dict[str, list[float]]:
-    """SAM on two eigenvalues close together, from a gradient of the orbit's length between them.
-
-    Columns, one entry a step: ``step``, ``ratio`` of the larger one to the SAM edge, ``tangent`` of
-    the angle from its eigenvector to the gradient; and of length 1: ``rate``, what the theory
-    multiplies the tangent by in a step of the orbit.
-    """
-    top = config.fraction * gd_edge(config.lr)
-    eigenvalues = top * torch.tensor([1.0, 1.0 - gap], dtype=torch.float64)
-    length = orbit_norm(config.lr, config.rho, top)
-    angle = (0.2 + 0.6 * torch.rand(1, generator=generator).item()) * np.pi / 2
-    direction = torch.tensor([np.cos(angle), np.sin(angle)], dtype=torch.float64)
-    loss, w, basis = quadratic(eigenvalues, length * direction / eigenvalues, generator, device)
-    sam = _sam([w], config.lr, config.rho)
-    columns: dict[str, list[float]] = {"step": [], "ratio": [], "tangent": []}
-    for step in range(round(config.gap_time / gap)):
-        first, second = (eigenvalues * (basis.T @ w.detach()).cpu()).tolist()
-        edge = sam_edge(config.lr, config.rho, float(np.hypot(first, second)))
-        columns["step"].append(step)
-        columns["ratio"].append(top / edge)
-        columns["tangent"].append(abs(second / first))
-        sam.step(loss)
-    return {**columns, "rate": [-multiplier(config.lr, config.rho, top * (1 - gap), length)]}
-
-
-def noisy(
-    config: Config,
-    noise: float,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    progress: Tick = lambda done, total: None,
-) -> dict[str, list[float]]:
-    """SAM on a fixed quadratic whose gradient is measured with noise, drawn anew for each step.
-
-    Both passes of a step see the same noise, as both see the same minibatch.
-
-    Columns, every 10 steps of the second half: ``step``, ``batch`` and ``full``, the ratio of the
-    top eigenvalue to the SAM edge by the norm of the noisy gradient and of the true one.
-    """
-    top = config.fraction * gd_edge(config.lr)
-    eigenvalues = spectrum(top, config.dim, config.span, generator)
-    start = config.start * torch.randn(config.dim, generator=generator, dtype=torch.float64)
-    loss, w, _ = quadratic(eigenvalues, start, generator, device)
-    sam = _sam([w], config.lr, config.rho)
-    size = noise * orbit_norm(config.lr, config.rho, top) / np.sqrt(config.dim)
-    columns: dict[str, list[float]] = {"step": [], "batch": [], "full": []}
-    for step in range(config.steps):
-        drawn = size * torch.randn(config.dim, generator=generator, dtype=torch.float64)
-        drawn = drawn.to(device)
-        if step >= config.steps // 2 and step % 10 == 0:
-            (gradient,) = torch.autograd.grad(loss(), w)
-            columns["step"].append(step)
-            for name, g in (("batch", gradient + drawn), ("full", gradient)):
-                columns[name].append(top / sam_edge(config.lr, config.rho, g.norm().item()))
-        sam.step(lambda: loss() + drawn @ w)  # noqa: B023 (called before the next draw)
-        progress(step + 1, config.steps)
-    return columns
-
-
-def frozen(
-    config: Config,
-    path: str,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Tick = lambda done, total: None,
-) -> dict[str, list[float]]:
+def frozen(config: Config, cell: Cell) -> Columns:
     """SAM on the ``living`` network, or on its ``linearised`` or ``taylor`` model.
 
     The frozen models are made where `config.trunk` steps of gradient descent have led.
@@ -474,39 +305,31 @@ def frozen(
     Raises:
         ValueError: an unknown path.
     """
-    model, x, target = network(config, seed, device)
+    if cell["path"] not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {cell['path']!r}")
+    model, x, target = network(config, cell.seed, cell.device)
+    params, closure = _on_path(cell["path"], model, x, target)
+    sam = _sam(params, config.network_lr, config.network_rho)
+    columns = follow(sam, closure, config.network_steps, config.every, config.tol, cell.tick)
+    return {name: columns[name] for name in KEPT}
+
+
+def _on_path(
+    path: str, model: nn.Module, x: Tensor, target: Tensor
+) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """What is trained on a path, and its loss."""
 
     def living() -> Tensor:
         return F.mse_loss(model(x), target)
 
-    params: list[Tensor] = list(model.parameters())
-    loss = living
     if path == "linearised":
         params, outputs = linearised(model, x)
-
-        def loss() -> Tensor:
-            return F.mse_loss(outputs(), target)
-
-    elif path == "taylor":
-        params, loss = taylor(living, params)
-    elif path != "living":
-        raise ValueError(f'path must be "living", "linearised" or "taylor", got {path!r}')
-    sam = _sam(params, config.network_lr, config.network_rho)
-    columns = follow(sam, loss, config.network_steps, config.every, config.tol, progress)
-    return {name: columns[name] for name in KEPT}
+        return params, lambda: F.mse_loss(outputs(), target)
+    params = list(model.parameters())
+    return taylor(living, params) if path == "taylor" else (params, living)
 
 
-# --- what the runs decide ------------------------------------------------------------------------
-
-
-def runs_of(result: Result, study: str, seed: int) -> list[Run]:
-    """The runs of one study and seed, in the order of the settings."""
-    return result.select(study=study, seed=seed)
-
-
-def frozen_run(result: Result, path: str, seed: int) -> Run:
-    """The run of one path of the study ``network``."""
-    return result.select(study="network", path=path, seed=seed)[0]
+# --- what a run says -----------------------------------------------------------------------------
 
 
 def settled(run: Run, within: float = 0.01) -> int:
@@ -522,62 +345,184 @@ def settled(run: Run, within: float = 0.01) -> int:
     return first
 
 
-def _worst(
-    study: str, statistic: Callable[[Run], float], choose: Callable[..., float] = max
-) -> Callable[[Result], list[float]]:
-    """The statistic of the run of this study in which it is largest (or what `choose` says)."""
-    return each_seed(lambda result, seed: choose(map(statistic, runs_of(result, study, seed))))
-
-
-def _on_network(path: str, statistic: Callable[[Run], float]) -> Callable[[Result], list[float]]:
-    return each_seed(lambda result, seed: statistic(frozen_run(result, path, seed)))
-
-
-def _hover(run: Run) -> float:
-    return late_median(ratio(run))
-
-
-def _hover_while_positive(run: Run) -> float:
+def _while_positive(run: Run) -> np.ndarray:
+    """Sharpness over edge, up to where the loss falls below 0."""
     below = np.flatnonzero(run["loss"] <= 0)
-    return late_median(ratio(run)[: below[0] if len(below) else None])
-
-
-def _late_alignment(run: Run) -> float:
-    return late_median(run["grad_align"])
-
-
-def _moved(result: Result, seed: int) -> float:
-    quadratics = [
-        *runs_of(result, "spectrum", seed),
-        *(frozen_run(result, path, seed) for path in ("linearised", "taylor")),
-    ]
-    return max(float(np.ptp(run["sharpness"]) / run["sharpness"][0]) for run in quadratics)
+    return ratio(run)[: below[0] if len(below) else None]
 
 
 def _fading(run: Run) -> float:
     """Measured rate (log of the factor a step) over the theory's, in the second half."""
-    tail = np.log(late(run["tangent"]))
-    return float((tail[-1] - tail[0]) / (len(tail) - 1) / np.log(run["rate"][0]))
+    tail = np.log(second_half(run["tangent"]))
+    return float((tail[-1] - tail[0]) / (len(tail) - 1) / np.log(run.value("rate")))
 
 
-def _noise(result: Result, seed: int, choose: Callable[..., float]) -> Run:
-    return result.select(study="noise", noise=choose(result.config["noises"]), seed=seed)[0]
+def _change(run: Run) -> float:
+    """Largest less smallest sharpness, over the first."""
+    return float(np.ptp(run["sharpness"]) / run["sharpness"][0])
 
 
-def _apart(result: Result, seed: int) -> float:
-    one = _noise(result, seed, lambda noises: min(noises, key=lambda noise: abs(np.log(noise))))
-    return float(np.median(one["full"]) / np.median(one["batch"]))
+def _on_network(runs: SeedRuns, path: str) -> Run:
+    return runs.one(study="network", path=path)
 
 
-def _loud(result: Result, seed: int) -> float:
-    one = _noise(result, seed, max)
-    return max(float(np.median(one[name])) for name in ("full", "batch"))
+def _with_noise(runs: SeedRuns, noise: float) -> Run:
+    return runs.one(study="noise", noise=noise)
 
 
-def _fallen(result: Result, seed: int) -> float:
-    living, other = (frozen_run(result, path, seed) for path in ("living", "linearised"))
-    return float(living["sharpness"][-1] / other["sharpness"][-1])
+# --- what the runs decide ------------------------------------------------------------------------
 
+
+@claim(LONG_BARTLETT, high=1e-6, id="edge by brute force")
+def edge_by_brute_force(runs: SeedRuns) -> float:
+    """The curvature from which on SAM makes the gradient's component grow, found by bisection, is
+    the SAM edge: relative difference, where it is largest"""
+    return float(max(np.abs(run["error"]).max() for run in runs.all(study="bisection")))
+
+
+@claim(BARTLETT, high=1e-3, id="ratio of 1 on a quadratic")
+def ratio_of_1(runs: SeedRuns) -> float:
+    """On a fixed quadratic the sharpness ends at the SAM edge: |ratio - 1| on the last two steps,
+    where it is largest"""
+    return float(max(np.abs(ratio(run)[-2:] - 1).max() for run in runs.all(study="spectrum")))
+
+
+@claim(CONTROL, high=1e-3, id="curvature is constant")
+def curvature_is_constant(runs: SeedRuns) -> float:
+    """SAM comes to its edge on fixed quadratics and frozen networks without any change of
+    curvature: largest less smallest measured sharpness, over the first"""
+    frozen_networks = [_on_network(runs, path) for path in ("linearised", "taylor")]
+    return max(_change(run) for run in [*runs.all(study="spectrum"), *frozen_networks])
+
+
+@claim(BARTLETT, high=1e-3, id="gradient adapts")
+def gradient_adapts(runs: SeedRuns) -> float:
+    """On a fixed quadratic it is the gradient that changes: its norm ends at lr rho λ²/(2 - lr λ);
+    relative difference, where it is largest"""
+    norms = [run["grad_norm"][-1] / run.value("orbit") for run in runs.all(study="spectrum")]
+    return float(max(abs(norm - 1) for norm in norms))
+
+
+@claim(CONTROL, low=1.1, id="overshoots first")
+def overshoots_first(runs: SeedRuns) -> float:
+    """On the way to the edge of a fixed quadratic, sharpness over edge can pass 1 by far, where the
+    top component had died out while the gradient was long: largest ratio of a run, largest of the
+    spectra"""
+    return float(max(ratio(run).max() for run in runs.all(study="spectrum")))
+
+
+@claim(CONTROL, high=0.9, id="ratio before orbit")
+def ratio_before_orbit(runs: SeedRuns) -> float:
+    """On a fixed quadratic, sharpness over edge is 1 before SAM bounces along the top eigenvector:
+    |cos| of gradient and eigenvector once the ratio is within 1% for good, smallest of the
+    spectra"""
+    spectra = runs.all(study="spectrum")
+    return float(min(run["grad_align"][settled(run)] for run in spectra))
+
+
+@claim(CONTROL, 0.95, 1.05, id="close eigenvalues settle slowly")
+def close_eigenvalues_settle_slowly(runs: SeedRuns) -> float:
+    """Beside a close second eigenvalue the gradient's direction settles only in about 1/gap steps:
+    measured over predicted rate, at the gap where that is farthest from 1"""
+    return farthest_from_one(_fading(run) for run in runs.all(study="pair"))
+
+
+@claim(CONTROL, 0.98, 1.02, id="little noise does little")
+def little_noise_does_little(runs: SeedRuns) -> float:
+    """Gradient noise that is small beside the orbit's gradient leaves sharpness over edge at 1:
+    median over steps, by the noisy gradient, at the smallest noise"""
+    return float(np.median(_with_noise(runs, min(runs.config["noises"]))["batch"]))
+
+
+@claim(CONTROL, low=1.1, id="noise splits the ratio")
+def noise_splits_the_ratio(runs: SeedRuns) -> float:
+    """Noise as large as the orbit's gradient splits sharpness over edge in two: median ratio by the
+    full gradient over that by the noisy one"""
+    run = _with_noise(runs, min(runs.config["noises"], key=lambda noise: abs(np.log(noise))))
+    return float(np.median(run["full"]) / np.median(run["batch"]))
+
+
+@claim(CONTROL, high=0.9, id="much noise takes SAM off its edge")
+def much_noise_takes_sam_off_its_edge(runs: SeedRuns) -> float:
+    """Noise that is large beside the orbit's gradient keeps the sharpness below the SAM edge:
+    median ratio at the largest noise, the larger of the two"""
+    run = _with_noise(runs, max(runs.config["noises"]))
+    return float(max(np.median(run[name]) for name in ("full", "batch")))
+
+
+@claim(CONTROL, 0.9, 1.15, id="frozen network", headline=True)
+def frozen_network(runs: SeedRuns) -> float:
+    """A linearised network, whose curvature cannot change, passes the criterion for SAM at its
+    edge: second-half median of sharpness over edge"""
+    return second_half_median(ratio(_on_network(runs, "linearised")))
+
+
+@claim(CONTROL, 0.9, 1.15, id="frozen loss")
+def frozen_loss(runs: SeedRuns) -> float:
+    """The second-order model of a network's loss passes the criterion for SAM at its edge, as long
+    as it is positive: median of sharpness over edge in the second half of that time"""
+    return second_half_median(_while_positive(_on_network(runs, "taylor")))
+
+
+@claim(LONG_BARTLETT, 0.9, 1.15, id="living network")
+def living_network(runs: SeedRuns) -> float:
+    """A living network passes the criterion for SAM at its edge: second-half median of sharpness
+    over edge"""
+    return second_half_median(ratio(_on_network(runs, "living")))
+
+
+@claim(LONG_BARTLETT, high=0.8, id="living falls, frozen stays", headline=True)
+def living_falls(runs: SeedRuns) -> float:
+    """What tells a living network from a linearised one is the sharpness: that of the living one at
+    the end, over that of the linearised one"""
+    living, other = (_on_network(runs, path)["sharpness"] for path in ("living", "linearised"))
+    return float(living[-1] / other[-1])
+
+
+@claim(CONTROL, low=0.95, id="frozen gradient is aligned")
+def frozen_gradient_is_aligned(runs: SeedRuns) -> float:
+    """On the linearised network the gradient comes to lie along the top eigenvector: second-half
+    median of |cos|"""
+    return second_half_median(_on_network(runs, "linearised")["grad_align"])
+
+
+@claim(CONTROL, high=0.7, id="living gradient is not")
+def living_gradient_is_not(runs: SeedRuns) -> float:
+    """On the living network most of the gradient does not lie along the top eigenvector:
+    second-half median of |cos|"""
+    return second_half_median(_on_network(runs, "living")["grad_align"])
+
+
+CLAIMS = [
+    edge_by_brute_force,
+    ratio_of_1,
+    curvature_is_constant,
+    gradient_adapts,
+    overshoots_first,
+    ratio_before_orbit,
+    close_eigenvalues_settle_slowly,
+    little_noise_does_little,
+    noise_splits_the_ratio,
+    much_noise_takes_sam_off_its_edge,
+    frozen_network,
+    frozen_loss,
+    living_network,
+    living_falls,
+    frozen_gradient_is_aligned,
+    living_gradient_is_not,
+]
+
+STUDIES = Studies(
+    Study(
+        "bisection",
+        lambda config: [{"lr": lr, "rho": rho} for lr in config.lrs for rho in config.rhos],
+        bisection,
+    ),
+    Study("spectrum", lambda config: [{"fraction": share} for share in config.fractions], settling),
+    Study("pair", lambda config: [{"gap": gap} for gap in config.gaps], pair),
+    Study("noise", lambda config: [{"noise": noise} for noise in config.noises], noisy),
+    Study("network", lambda config: [{"path": path} for path in PATHS], frozen),
+)
 
 EXPERIMENT = Experiment(
     name="sam_on_quadratics",
@@ -585,151 +530,7 @@ EXPERIMENT = Experiment(
     source="Bartlett, Long & Bousquet 2022 (arXiv:2210.01513); Long & Bartlett 2024 "
     "(arXiv:2309.12488), formula of the SAM edge",
     presets={"laptop": LAPTOP, "paper": PAPER},
-    settings=settings,
-    run=run,
-    claims=[
-        Claim(
-            "edge by brute force",
-            "The curvature from which on SAM makes the gradient's component grow, found by "
-            "bisection, is the SAM edge: relative difference, where it is largest",
-            LONG_BARTLETT,
-            "",
-            _worst("bisection", lambda run: np.abs(run["error"]).max()),
-            Criterion(high=1e-6),
-        ),
-        Claim(
-            "ratio of 1 on a quadratic",
-            "On a fixed quadratic the sharpness ends at the SAM edge: |ratio - 1| on the last two "
-            "steps, where it is largest",
-            BARTLETT,
-            "",
-            _worst("spectrum", lambda run: np.abs(ratio(run)[-2:] - 1).max()),
-            Criterion(high=1e-3),
-        ),
-        Claim(
-            "curvature is constant",
-            "It does so without any change of curvature: largest less smallest measured sharpness, "
-            "over the first, on fixed quadratics and frozen networks",
-            "control",
-            "",
-            each_seed(_moved),
-            Criterion(high=1e-3),
-        ),
-        Claim(
-            "gradient adapts",
-            "What changes is the gradient: its norm ends at lr rho λ²/(2 - lr λ); relative "
-            "difference, where it is largest",
-            BARTLETT,
-            "",
-            _worst("spectrum", lambda run: abs(run["grad_norm"][-1] / run["orbit"][0] - 1)),
-            Criterion(high=1e-3),
-        ),
-        Claim(
-            "overshoots first",
-            "On the way there the ratio can pass 1 by far, where the top component had died out "
-            "while the gradient was long: largest ratio of a run, largest of the spectra",
-            "control",
-            "",
-            _worst("spectrum", lambda run: ratio(run).max()),
-            Criterion(low=1.1),
-        ),
-        Claim(
-            "ratio before orbit",
-            "The ratio is 1 before SAM bounces along the top eigenvector: |cos| of gradient and "
-            "eigenvector once the ratio is within 1% for good, smallest of the spectra",
-            "control",
-            "",
-            _worst("spectrum", lambda run: run["grad_align"][settled(run)], min),
-            Criterion(high=0.9),
-        ),
-        Claim(
-            "close eigenvalues settle slowly",
-            "Beside a close second eigenvalue the direction settles only in about 1/gap steps: "
-            "measured over predicted rate, at the gap where that is farthest from 1",
-            "control",
-            "",
-            _worst("pair", _fading, farthest_from_one),
-            Criterion(0.95, 1.05),
-        ),
-        Claim(
-            "little noise does little",
-            "Gradient noise that is small beside the orbit's gradient leaves the ratio at 1: "
-            "median over steps, by the noisy gradient, at the smallest noise",
-            "control",
-            "",
-            each_seed(lambda result, seed: np.median(_noise(result, seed, min)["batch"])),
-            Criterion(0.98, 1.02),
-        ),
-        Claim(
-            "noise splits the ratio",
-            "Noise as large as the orbit's gradient splits it: median ratio by the full gradient "
-            "over that by the noisy one",
-            "control",
-            "",
-            each_seed(_apart),
-            Criterion(low=1.1),
-        ),
-        Claim(
-            "much noise takes SAM off its edge",
-            "Noise that is large beside the orbit's gradient keeps the sharpness below the SAM "
-            "edge: median ratio at the largest noise, the larger of the two",
-            "control",
-            "",
-            each_seed(_loud),
-            Criterion(high=0.9),
-        ),
-        Claim(
-            "frozen network",
-            "A linearised network, whose curvature cannot change, passes the criterion for SAM at "
-            "its edge: second-half median of sharpness over edge",
-            "control",
-            "",
-            _on_network("linearised", _hover),
-            Criterion(0.9, 1.15),
-        ),
-        Claim(
-            "frozen loss",
-            "So does the second-order model of the loss, as long as it is positive: median of "
-            "sharpness over edge in the second half of that time",
-            "control",
-            "",
-            _on_network("taylor", _hover_while_positive),
-            Criterion(0.9, 1.15),
-        ),
-        Claim(
-            "living network",
-            "The living network passes it too: second-half median of sharpness over edge",
-            LONG_BARTLETT,
-            "",
-            _on_network("living", _hover),
-            Criterion(0.9, 1.15),
-        ),
-        Claim(
-            "living falls, frozen stays",
-            "What tells them apart is the sharpness: that of the living network at the end, over "
-            "that of the linearised one",
-            LONG_BARTLETT,
-            "",
-            each_seed(_fallen),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "frozen gradient is aligned",
-            "On the linearised network the gradient comes to lie along the top eigenvector: "
-            "second-half median of |cos|",
-            "control",
-            "",
-            _on_network("linearised", _late_alignment),
-            Criterion(low=0.95),
-        ),
-        Claim(
-            "living gradient is not",
-            "On the living network most of the gradient does not lie along the top eigenvector: "
-            "second-half median of |cos|",
-            "control",
-            "",
-            _on_network("living", _late_alignment),
-            Criterion(high=0.7),
-        ),
-    ],
+    settings=STUDIES.settings,
+    run=STUDIES.run,
+    claims=CLAIMS,
 )
