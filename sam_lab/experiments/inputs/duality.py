@@ -268,7 +268,7 @@ def _train(config: Config, cell: Cell) -> _Trained:
     model, x, y = training.model, dataset.x_test[: config.n_pgd], dataset.y_test[: config.n_pgd]
     right = _right(model, x, y)
     pgd_examples = [_attacked(model, x, y, eps, config.pgd_steps) for eps in config.eps]
-    few = slice(config.n_autoattack)
+    few = model, dataset.x_test[: config.n_autoattack], dataset.y_test[: config.n_autoattack]
     judges = [_autoattack(Threat("linf", eps), cell.seed) for eps in config.judged_eps]
     return _Trained(
         training,
@@ -276,7 +276,7 @@ def _train(config: Config, cell: Cell) -> _Trained:
         right,
         pgd_examples,
         [right & _right(model, x_adv, y) for x_adv in pgd_examples],
-        [_right(model, dataset.x_test[few], dataset.y_test[few], attack=judge) for judge in judges],
+        [_right(*few, judge) for judge in judges],
     )
 
 
