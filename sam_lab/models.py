@@ -36,6 +36,7 @@ def mlp(
     sizes: Sequence[int],
     activation: str = "tanh",
     *,
+    norm: str = "none",
     init: str = "torch",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -46,22 +47,26 @@ def mlp(
     Args:
         sizes: widths from input to output, such as (784, 200, 200, 10).
         activation: a key of `ACTIVATIONS`, between all layers.
+        norm: "batch" puts batch norm before each activation; "none" nothing.
         init: one of `INITS`.
         seed: determines the initial weights.
 
     Raises:
-        ValueError: fewer than two sizes, a size below 1, an unknown activation or init.
+        ValueError: fewer than two sizes, a size below 1, an unknown activation, norm or init.
     """
     sizes = [int(size) for size in sizes]
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes must be two or more positive integers, got {sizes}")
     act = _named("activation", activation, ACTIVATIONS)
+    normed = _named("norm", norm, {"none": False, "batch": True})
 
     def build() -> list[nn.Module]:
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), act()]
-        return layers[:-1]
+        for fan_in, fan_out in pairwise(sizes[:-1]):
+            layers.append(nn.Linear(fan_in, fan_out))
+            layers += [nn.BatchNorm1d(fan_out)] if normed else []
+            layers.append(act())
+        return [*layers, nn.Linear(*sizes[-2:])]
 
     return _initialised(build, init, seed).to(device, dtype)
 

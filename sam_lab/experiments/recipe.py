@@ -83,21 +83,36 @@ class Recipe:
         )
 
     def network(
-        self, dataset: data.Dataset, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        dataset: data.Dataset,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        norm: str = "none",
     ) -> nn.Module:
         """A new network for the inputs and classes of the data; a wide residual one has its weights
-        with the channels last."""
-        net = self._network(dataset, seed, device)
+        with the channels last.
+
+        Args:
+            norm: that of `models.mlp` or `models.cnn`; a wide residual network has batch norm
+                whatever it is.
+
+        Raises:
+            ValueError: a norm that the network cannot have.
+        """
+        net = self._network(dataset, seed, device, norm)
         if self.standardize != "network":
             return net
         std, mean = torch.std_mean(dataset.x, (0, 2, 3))
         return nn.Sequential(models.Normalize(mean.tolist(), std.tolist()).to(device), net)
 
-    def _network(self, dataset: data.Dataset, seed: int, device: torch.device | str) -> nn.Module:
+    def _network(
+        self, dataset: data.Dataset, seed: int, device: torch.device | str, norm: str
+    ) -> nn.Module:
         shape, classes = dataset.x.shape[1:], dataset.classes
         if self.hidden:
             sizes = (shape.numel(), *self.hidden, classes)
-            return models.mlp(sizes, "relu", seed=seed, device=device)
+            return models.mlp(sizes, "relu", norm=norm, seed=seed, device=device)
         if self.channels:
             return models.cnn(
                 shape,
@@ -105,6 +120,7 @@ class Recipe:
                 "relu",
                 widths=self.channels,
                 pooling="max",
+                norm=norm,
                 seed=seed,
                 device=device,
             )
@@ -120,6 +136,9 @@ class Recipe:
         *,
         examples: int | None = None,
         weight_decay: float | None = None,
+        norm: str = "none",
+        weights: int | None = None,
+        order: int | None = None,
         **how: Any,
     ) -> tuple[Training, data.Dataset]:
         """A run before its first epoch, and its data.
@@ -127,11 +146,15 @@ class Recipe:
         Args:
             examples: how many of the training set are trained on; all unless given.
             weight_decay: another than the recipe's.
+            norm: of the network, see `network`.
+            weights, order: seeds of their own for the initial weights, and for the order of the
+                examples and all else that the epochs draw; `seed` unless given.
             how: what `Training` takes besides: `phases` (SGD alone unless given), `schedule`,
                 `loss_fn`, `carry`.
 
         Raises:
-            ValueError: an unknown data set, or more examples than there are.
+            ValueError: an unknown data set, more examples than there are, or a norm that the
+                network cannot have.
         """
         dataset = self.dataset(seed, device)
         few = slice(examples)
@@ -142,14 +165,14 @@ class Recipe:
             weight_decay=self.weight_decay if weight_decay is None else weight_decay,
         )
         training = Training(
-            self.network(dataset, seed, device),
+            self.network(dataset, seed if weights is None else weights, device, norm=norm),
             dataset.x[few],
             dataset.y[few],
             optimizer,
             how.pop("phases", [Phase(0, self.epochs)]),
             batch=self.batch,
             augment=crop_and_flip() if self.augment else None,
-            seed=seed,
+            seed=seed if order is None else order,
             **how,
         )
         return training, dataset
@@ -162,6 +185,10 @@ class Recipe:
         """The Hessian over the examined examples, of the loss of training unless another is given;
         puts the model into evaluation mode."""
         return hessian(training.model, *self.examined(training), loss_fn or training.loss_fn)
+
+    def sharpness(self, training: Training, loss_fn: LossFn | None = None) -> float:
+        """The top eigenvalue of that Hessian."""
+        return float(self.hessian(training, loss_fn).top(tol=self.tol).values[0])
 
 
 def hessian(
