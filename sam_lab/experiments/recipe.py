@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sam_lab import data, models
 from sam_lab.curvature import Hessian
+from sam_lab.data import Dataset
 from sam_lab.training import LossFn, Phase, Training, crop_and_flip
 
 __all__ = ["CIFAR", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
@@ -68,7 +70,7 @@ class Recipe:
         """The same recipe with something changed."""
         return dataclasses.replace(self, **changed)
 
-    def dataset(self, seed: int = 0, device: torch.device | str = "cpu") -> data.Dataset:
+    def dataset(self, seed: int = 0, device: torch.device | str = "cpu") -> Dataset:
         """The data that a run with this seed has.
 
         Raises:
@@ -84,7 +86,7 @@ class Recipe:
 
     def network(
         self,
-        dataset: data.Dataset,
+        dataset: Dataset,
         seed: int = 0,
         device: torch.device | str = "cpu",
         *,
@@ -107,7 +109,7 @@ class Recipe:
         return nn.Sequential(models.Normalize(mean.tolist(), std.tolist()).to(device), net)
 
     def _network(
-        self, dataset: data.Dataset, seed: int, device: torch.device | str, norm: str
+        self, dataset: Dataset, seed: int, device: torch.device | str, norm: str
     ) -> nn.Module:
         shape, classes = dataset.x.shape[1:], dataset.classes
         if self.hidden:
@@ -134,23 +136,24 @@ class Recipe:
         seed: int = 0,
         device: torch.device | str = "cpu",
         *,
+        phases: Sequence[Phase] | None = None,
         examples: int | None = None,
         weight_decay: float | None = None,
         norm: str = "none",
         weights: int | None = None,
         order: int | None = None,
         **how: Any,
-    ) -> tuple[Training, data.Dataset]:
+    ) -> tuple[Training, Dataset]:
         """A run before its first epoch, and its data.
 
         Args:
+            phases: of the training; SGD alone unless given.
             examples: how many of the training set are trained on; all unless given.
             weight_decay: another than the recipe's.
             norm: of the network, see `network`.
             weights, order: seeds of their own for the initial weights, and for the order of the
                 examples and all else that the epochs draw; `seed` unless given.
-            how: what `Training` takes besides: `phases` (SGD alone unless given), `schedule`,
-                `loss_fn`, `carry`.
+            how: what `Training` takes besides: `schedule`, `loss_fn`, `carry`.
 
         Raises:
             ValueError: an unknown data set, more examples than there are, or a norm that the
@@ -169,7 +172,7 @@ class Recipe:
             dataset.x[few],
             dataset.y[few],
             optimizer,
-            how.pop("phases", [Phase(0, self.epochs)]),
+            [Phase(0, self.epochs)] if phases is None else phases,
             batch=self.batch,
             augment=crop_and_flip() if self.augment else None,
             seed=seed if order is None else order,

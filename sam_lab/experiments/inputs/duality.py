@@ -350,7 +350,7 @@ def run(config: Config, cell: Cell) -> Columns:
         "margin": [float(margins[here.right].median())],
         "distance": [float(distances[here.right].median())],
         "norm": [float(global_norm(list(model.parameters())))],
-        "sharpness": [float(recipe.hessian(training).top(tol=recipe.tol).values[0])],
+        "sharpness": [recipe.sharpness(training)],
         "eps": list(config.eps),
         "judged_eps": list(config.judged_eps),
         **_under_pgd(sgd, here, config),

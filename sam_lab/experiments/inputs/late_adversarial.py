@@ -145,7 +145,7 @@ def _at_end(training: Training, dataset: Dataset, config: Config, seed: int) -> 
         **judges,
         "train_error": evaluate(model, x, y)[1],
         "train_pgd_error": 1 - robust_accuracy(model, x, y, attack(config))[1],
-        "sharpness": float(recipe.hessian(training).top(tol=recipe.tol).values[0]),
+        "sharpness": recipe.sharpness(training),
         "input_gradient": input_gradient(model, x, y),
     }
 
