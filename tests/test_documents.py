@@ -1,6 +1,7 @@
 """README, citation, licence and the pages of the book in Markdown say what is so."""
 
 import copy
+import json
 import pkgutil
 import re
 import subprocess

@@ -11,27 +11,26 @@ choose it.
 
 The judges are those of `robustness.two_judges`. The *gap* is the error on test examples less that
 on training examples, both under the same attack. Sharpness is the top eigenvalue of the Hessian
-over the first `measured` training examples, the model in evaluation mode, of two losses: the
+over the first `recipe.measured` training examples, the model in evaluation mode, of two losses: the
 cross-entropy of the examples as they are, and that of the attacked examples, which are held fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sam_lab import data
 from sam_lab.adversarial import Threat, pgd, robust_accuracy
-from sam_lab.experiments import late_adversarial, networks
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.robustness import input_gradient, two_judges
-from sam_lab.experiments.statistics import each_seed
+from sam_lab.data import Dataset
+from sam_lab.experiments.inputs.robustness import input_gradient, two_judges
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Result, Run, SeedRuns, Setting
+from sam_lab.experiments.late.switching import SCHEDULES
+from sam_lab.experiments.recipe import CIFAR, CIFAR_TENTH, DIGITS, Recipe, hessian
 from sam_lab.perturbations import Rule, awp, global_norm, sam
 from sam_lab.training import Phase, Training, evaluate
 
@@ -40,15 +39,14 @@ __all__ = [
     "Config",
     "adversarial",
     "against_rho",
+    "longer_attack",
     "prepare",
     "run",
     "settings",
+    "value",
 ]
 
-WU = "Wu et al. 2020"
-HERE = "this book"
-
-WATCH = 10  # steps of the attack that measures gaps and chooses radii
+LIGHT_STEPS = 10  # of the attack that measures gaps and chooses radii
 
 
 RULES: dict[str, Rule] = {"sam": sam, "awp": awp}
@@ -59,64 +57,81 @@ class Config:
     """What is run.
 
     Attributes:
-        task: data, network, training and judges; the first of its schedules holds, and nothing
-            switches. `steps` are those of the attack in training.
+        recipe: data, network and SGD; the learning rate goes down in `SCHEDULES["steps"]`.
+        eps, attack_steps: radius of the attack in the maximum norm, and its steps in training.
         validation: examples, the last of the training set, that are not trained on.
         rhos: radii of SAM in adversarial training; 0 is without it.
         gammas: relative radii of adversarial weight perturbation.
         alone: radii of SAM on examples as they are; 0 is SGD.
         longer: whether adversarial training is run with a step more of the attack too.
+        n_autoattack: test examples that AutoAttack's two gradient attacks see.
     """
 
-    task: late_adversarial.Config
+    recipe: Recipe
+    eps: float = 0.1
+    attack_steps: int = 5
     validation: int = 500
     rhos: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2)
     gammas: tuple[float, ...] = (0.01,)
     alone: tuple[float, ...] = (0.0, 0.05)
     longer: bool = True
+    n_autoattack: int = 200
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
+LAPTOP = Config(DIGITS.but(standardize="network", epochs=20), n_autoattack=400)
+DESKTOP = Config(
+    CIFAR_TENTH.but(standardize="network", epochs=15),
+    eps=4 / 255,
+    attack_steps=3,
+    rhos=(0.0, 0.05, 0.1),
+    gammas=(),
+    alone=(),
+    longer=False,
+)
+PAPER = Config(
+    CIFAR.but(standardize="network"),
+    eps=8 / 255,
+    attack_steps=10,
+    validation=1000,
+    n_autoattack=1000,
+)
+
+
+def settings(config: Config) -> list[Setting]:
     """What is compared: a rule, its radius, and the steps of the attack in training."""
-    steps = config.task.steps
-    found = [{"rule": "sam", "rho": rho, "steps": steps} for rho in config.rhos]
-    found += [{"rule": "awp", "rho": gamma, "steps": steps} for gamma in config.gammas]
-    if config.longer:
-        found.append({"rule": "sam", "rho": 0.0, "steps": steps + 1})
-    return found + [{"rule": "sam", "rho": rho, "steps": 0} for rho in config.alone]
+    steps = config.attack_steps
+    compared = [("sam", rho, steps) for rho in config.rhos]
+    compared += [("awp", gamma, steps) for gamma in config.gammas]
+    compared += [("sam", 0.0, steps + 1)] if config.longer else []
+    compared += [("sam", rho, 0) for rho in config.alone]
+    return [{"rule": rule, "rho": rho, "steps": steps} for rule, rho, steps in compared]
 
 
-def prepare(
-    config: Config, setting: dict[str, Any], seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Training, data.Dataset]:
+def prepare(config: Config, cell: Cell) -> tuple[Training, Dataset]:
     """A run before its first epoch, and its data, validation examples among the training set.
 
     Raises:
         ValueError: no training example is left beside those of the validation.
     """
-    task = config.task
-    if not 0 < config.validation < task.train:
+    recipe = config.recipe
+    if not 0 < config.validation < recipe.train:
         raise ValueError(
-            f"validation must leave some of the {task.train} training examples, "
+            f"validation must leave some of the {recipe.train} training examples, "
             f"got {config.validation}"
         )
-    start, found = late_adversarial.prepare(task, {"schedule": task.schedules[0]}, seed, device)
-    start.x, start.y = found.x[: -config.validation], found.y[: -config.validation]
     attack = None
-    if setting["steps"]:
-        attack = partial(pgd, threat=Threat("linf", task.eps), steps=setting["steps"])
-    rule = RULES[setting["rule"]]
-    phase = Phase(0, task.epochs, rho=setting["rho"], rule=rule, attack=attack)
-    return start.branch([phase]), found
+    if cell["steps"]:
+        attack = partial(pgd, threat=Threat("linf", config.eps), steps=cell["steps"])
+    return recipe.training(
+        cell.seed,
+        cell.device,
+        examples=recipe.train - config.validation,
+        phases=[Phase(0, recipe.epochs, cell["rho"], RULES[cell["rule"]], attack)],
+        schedule=SCHEDULES["steps"],
+    )
 
 
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def run(config: Config, cell: Cell) -> Columns:
     """One training, and what is measured at its end, a number each.
 
     Returns:
@@ -126,31 +141,31 @@ def run(
         with `train_natural_error`; `sharpness` and `sharpness_adversarial`, `input_gradient` (mean
         1-norm), all on the measured training examples; `norm` of the weights.
     """
-    training, found = prepare(config, setting, seed, device)
-    training.run(on_epoch=lambda: progress(training.epoch, training.epochs))
-    task, model, threat = config.task, training.model, Threat("linf", config.task.eps)
-    x, y = training.x[: task.measured], training.y[: task.measured]
-    held = slice(-config.validation, None)
-    watched = {
-        "validation_error": (found.x[held], found.y[held]),
-        "test_error": (found.x_test, found.y_test),
+    training, dataset = prepare(config, cell)
+    training.run(on_epoch=lambda: cell.tick(training.epoch, training.epochs))
+    model, threat = training.model, Threat("linf", config.eps)
+    x, y = config.recipe.examined(training)
+    held_out = slice(-config.validation, None)
+    parts = {
+        "validation_error": (dataset.x[held_out], dataset.y[held_out]),
+        "test_error": (dataset.x_test, dataset.y_test),
         "train_error": (x, y),
     }
-    attack = partial(pgd, threat=threat, steps=WATCH)
+    attack = partial(pgd, threat=threat, steps=LIGHT_STEPS)
 
-    def sharpness(inputs: Tensor) -> float:
-        return float(networks.hessian(model, inputs, y).top(tol=task.tol).values[0])
+    def sharpness(inputs: torch.Tensor) -> float:
+        return float(hessian(model, inputs, y).top(tol=config.recipe.tol).values[0])
 
     columns = two_judges(
         model,
-        found.x_test,
-        found.y_test,
+        dataset.x_test,
+        dataset.y_test,
         threat,
-        judged=task.judged,
-        seed=seed,
+        n_autoattack=config.n_autoattack,
+        seed=cell.seed,
     )
     columns |= {
-        name: 1 - robust_accuracy(model, *examples, attack)[1] for name, examples in watched.items()
+        name: 1 - robust_accuracy(model, *examples, attack)[1] for name, examples in parts.items()
     }
     columns |= {
         "passes": training.history[-1]["passes"],
@@ -163,23 +178,36 @@ def run(
     return {name: [value] for name, value in columns.items()}
 
 
-# --- what the runs decide -------------------------------------------------------------------------
-
-RHO = 0.05  # the usual radius of SAM, chosen before any run
-GAMMA = 0.01  # that of the authors' code
+# --- what the runs say ----------------------------------------------------------------------------
 
 
-def adversarial(result: Result, seed: int, rho: float = 0.0, rule: str = "sam") -> Run:
+def adversarial(runs: SeedRuns, rho: float = 0.0, rule: str = "sam") -> Run:
     """The run of adversarial training with this rule and radius."""
-    steps = result.config["task"]["steps"]
-    return result.select(seed=seed, rule=rule, rho=rho, steps=steps)[0]
+    return runs.one(rule=rule, rho=rho, steps=runs.config["attack_steps"])
+
+
+def longer_attack(runs: SeedRuns) -> Run:
+    """The run of adversarial training with a step more of the attack."""
+    return runs.one(rule="sam", rho=0.0, steps=runs.config["attack_steps"] + 1)
+
+
+def _without_attack(runs: SeedRuns, rho: float) -> Run:
+    """The run on examples as they are."""
+    return runs.one(rule="sam", rho=rho, steps=0)
+
+
+def value(run: Run, name: str) -> float:
+    """A column of one number; or "gap", the robust error on test less that on training examples."""
+    if name == "gap":
+        return run.value("test_error") - run.value("train_error")
+    return run.value(name)
 
 
 def against_rho(result: Result, name: str, rule: str = "sam") -> tuple[np.ndarray, np.ndarray]:
     """A column of adversarial training against the radius.
 
     Args:
-        name: a column, or "gap", that of the robust errors on test and on training examples.
+        name: as `value` takes it.
         rule: "sam" or "awp"; both begin with adversarial training alone, at 0.
 
     Returns:
@@ -188,223 +216,151 @@ def against_rho(result: Result, name: str, rule: str = "sam") -> tuple[np.ndarra
     radii = sorted({0.0, *result.config["rhos" if rule == "sam" else "gammas"]})
     rules = [rule if rho else "sam" for rho in radii]
     values = [
-        [
-            _value(adversarial(result, seed, *which), name)
-            for which in zip(radii, rules, strict=True)
-        ]
-        for seed in result.seeds
+        [value(adversarial(runs, *which), name) for which in zip(radii, rules, strict=True)]
+        for runs in result.by_seed()
     ]
     return np.array(radii), np.array(values)
 
 
-def _value(run: Run, name: str) -> float:
-    """A column of one number, or the gap."""
-    if name == "gap":
-        return _value(run, "test_error") - _value(run, "train_error")
-    return float(run[name][0])
-
-
-def _chosen(result: Result, seed: int) -> Run:
+def _best_on_validation(runs: SeedRuns) -> Run:
     """Adversarial training with the radius that has the least robust error on the validation
     examples; of several the smallest."""
-    runs = [adversarial(result, seed, rho) for rho in sorted(result.config["rhos"])]
-    return min(runs, key=lambda run: _value(run, "validation_error"))
-
-
-def _natural(result: Result, seed: int, rho: float) -> Run:
-    """The run on examples as they are."""
-    return result.select(seed=seed, rho=rho, steps=0)[0]
-
-
-def _longer(result: Result, seed: int) -> Run:
-    """Adversarial training with a step more."""
-    return result.select(seed=seed, rho=0, steps=result.config["task"]["steps"] + 1)[0]
-
-
-def _claims() -> list[Claim]:
-    """Robust errors are AutoAttack's."""
-
-    def points(
-        name: str, one: Callable[[Result, int], Run], two: Callable[[Result, int], Run]
-    ) -> Callable[[Result], list[float]]:
-        """By how many percentage points a column of one lies above that of the other."""
-        return each_seed(
-            lambda result, seed: (
-                100 * (_value(one(result, seed), name) - _value(two(result, seed), name))
-            )
-        )
-
-    def ratio(
-        name: str, one: Callable[[Result, int], Run], two: Callable[[Result, int], Run]
-    ) -> Callable[[Result], list[float]]:
-        return each_seed(
-            lambda result, seed: _value(one(result, seed), name) / _value(two(result, seed), name)
-        )
-
-    def largest(result: Result, seed: int) -> Run:
-        return adversarial(result, seed, max(result.config["rhos"]))
-
-    plain, with_sam = adversarial, partial(adversarial, rho=RHO)
-    with_awp = partial(adversarial, rho=GAMMA, rule="awp")
-    sgd, sam_alone = partial(_natural, rho=0.0), partial(_natural, rho=RHO)
-    robust = "autoattack_error"
-    return [
-        Claim(
-            "sam-makes-more-robust",
-            f"Adversarial training is more robust with SAM around it, radius {RHO:g}: by how much "
-            "the error under AutoAttack is smaller",
-            HERE,
-            "points",
-            points(robust, plain, with_sam),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "chosen-radius-makes-more-robust",
-            "It is so with the radius, 0 among them, that is best on validation examples",
-            HERE,
-            "points",
-            points(robust, plain, _chosen),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "awp-makes-more-robust",
-            "Adversarial training is more robust with adversarial weight perturbation, radius "
-            f"{GAMMA:g} of each weight: by how much the error under AutoAttack is smaller",
-            WU,
-            "points",
-            points(robust, plain, with_awp),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "not-the-passes",
-            "It is not for SAM's further pass: with SAM it is more robust than with one step more "
-            "of the attack",
-            "control",
-            "points",
-            points(robust, _longer, with_sam),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "sam-narrows-the-gap",
-            "SAM makes the robust generalisation gap smaller: by how much",
-            HERE,
-            "points",
-            points("gap", plain, with_sam),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "awp-narrows-the-gap",
-            "Adversarial weight perturbation makes the robust generalisation gap smaller: by how "
-            "much",
-            WU,
-            "points",
-            points("gap", plain, with_awp),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "sam-flattens-the-adversarial-loss",
-            "The adversarial loss is flatter with SAM: sharpness over attacked examples, ratio",
-            HERE,
-            "",
-            ratio("sharpness_adversarial", with_sam, plain),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "awp-flattens-the-adversarial-loss",
-            "The adversarial loss is flatter with adversarial weight perturbation: sharpness over "
-            "attacked examples, ratio",
-            WU,
-            "",
-            ratio("sharpness_adversarial", with_awp, plain),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "large-radius-costs-accuracy",
-            "With the largest radius the natural error is larger than without SAM: by how much",
-            HERE,
-            "points",
-            points("natural_error", largest, plain),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "flat-in-weights-is-another-thing",
-            "Adversarial training without SAM does not end flatter in the weights than SGD: "
-            "sharpness over examples as they are, ratio",
-            HERE,
-            "",
-            ratio("sharpness", plain, sgd),
-            Criterion(low=1.0),
-        ),
-        Claim(
-            "flat-in-inputs",
-            "It ends flatter in the inputs: norm of the input gradient, ratio",
-            HERE,
-            "",
-            ratio("input_gradient", plain, sgd),
-            Criterion(high=0.5),
-        ),
-        Claim(
-            "sam-alone-is-not-enough",
-            "SAM alone stays less robust than adversarial training alone: by how much",
-            "control",
-            "points",
-            points(robust, sam_alone, plain),
-            Criterion(low=5.0),
-        ),
-    ]
-
-
-LAPTOP = Config(
-    late_adversarial.Config(
-        data="mnist_5k",
-        train=4000,
-        test=1000,
-        hidden=(200, 200),
-        epochs=20,
-        schedules=("steps",),
-        late=(),
-        early=(),
-        judged=400,
+    radii = sorted(runs.config["rhos"])
+    return min(
+        (adversarial(runs, rho) for rho in radii), key=lambda run: run.value("validation_error")
     )
+
+
+def _points(name: str, one: Run, other: Run) -> float:
+    """By how many percentage points a column of one lies above that of the other."""
+    return 100 * (value(one, name) - value(other, name))
+
+
+def _ratio(name: str, one: Run, other: Run) -> float:
+    return value(one, name) / value(other, name)
+
+
+# --- what the runs decide -------------------------------------------------------------------------
+
+WU = Source("Wu et al. 2020", "after")
+
+RHO = 0.05  # the usual radius of SAM, chosen before any run
+GAMMA = 0.01  # that of the authors' code
+ROBUST = "autoattack_error"  # under AutoAttack's two gradient attacks
+
+
+def _with_sam(runs: SeedRuns) -> Run:
+    return adversarial(runs, RHO)
+
+
+def _with_awp(runs: SeedRuns) -> Run:
+    return adversarial(runs, GAMMA, "awp")
+
+
+@claim(
+    OURS,
+    low=0,
+    unit="points",
+    headline=True,
+    statement=f"Adversarial training is more robust with SAM around it, radius {RHO:g}: by how "
+    "much the error under AutoAttack is smaller",
 )
-DESKTOP = Config(
-    late_adversarial.Config(
-        data="cifar10",
-        train=5000,
-        test=500,
-        stride=2,
-        lr=0.1,
-        epochs=15,
-        eps=4 / 255,
-        steps=3,
-        schedules=("steps",),
-        late=(),
-        early=(),
-    ),
-    rhos=(0.0, 0.05, 0.1),
-    gammas=(),
-    alone=(),
-    longer=False,
+def sam_makes_more_robust(runs: SeedRuns) -> float:
+    return _points(ROBUST, adversarial(runs), _with_sam(runs))
+
+
+@claim(OURS, low=0, unit="points")
+def chosen_radius_makes_more_robust(runs: SeedRuns) -> float:
+    """Adversarial training is more robust with SAM around it, its radius, 0 among them, the best on
+    validation examples: by how much the error under AutoAttack is smaller"""
+    return _points(ROBUST, adversarial(runs), _best_on_validation(runs))
+
+
+@claim(
+    WU,
+    low=0,
+    unit="points",
+    statement="Adversarial training is more robust with adversarial weight perturbation, radius "
+    f"{GAMMA:g} of each weight: by how much the error under AutoAttack is smaller",
 )
-PAPER = Config(
-    late_adversarial.Config(
-        data="cifar10",
-        train=50_000,
-        test=10_000,
-        depth=16,
-        width=8,
-        augment=True,
-        lr=0.1,
-        epochs=100,
-        eps=8 / 255,
-        steps=10,
-        schedules=("steps",),
-        late=(),
-        early=(),
-        judged=1000,
-    ),
-    validation=1000,
-)
+def awp_makes_more_robust(runs: SeedRuns) -> float:
+    return _points(ROBUST, adversarial(runs), _with_awp(runs))
+
+
+@claim(CONTROL, low=0, unit="points")
+def not_the_passes(runs: SeedRuns) -> float:
+    """What SAM gains is not for its further pass: adversarial training is more robust with SAM than
+    with one step more of the attack: by how much the error under AutoAttack is smaller"""
+    return _points(ROBUST, longer_attack(runs), _with_sam(runs))
+
+
+@claim(OURS, low=0, unit="points")
+def sam_narrows_the_gap(runs: SeedRuns) -> float:
+    """SAM makes the robust generalisation gap smaller: by how much"""
+    return _points("gap", adversarial(runs), _with_sam(runs))
+
+
+@claim(WU, low=0, unit="points")
+def awp_narrows_the_gap(runs: SeedRuns) -> float:
+    """Adversarial weight perturbation makes the robust generalisation gap smaller: by how much"""
+    return _points("gap", adversarial(runs), _with_awp(runs))
+
+
+@claim(OURS, high=0.8)
+def sam_flattens_the_adversarial_loss(runs: SeedRuns) -> float:
+    """The adversarial loss is flatter with SAM: sharpness over attacked examples, ratio"""
+    return _ratio("sharpness_adversarial", _with_sam(runs), adversarial(runs))
+
+
+@claim(WU, high=0.8)
+def awp_flattens_the_adversarial_loss(runs: SeedRuns) -> float:
+    """The adversarial loss is flatter with adversarial weight perturbation: sharpness over attacked
+    examples, ratio"""
+    return _ratio("sharpness_adversarial", _with_awp(runs), adversarial(runs))
+
+
+@claim(OURS, low=0, unit="points")
+def large_radius_costs_accuracy(runs: SeedRuns) -> float:
+    """Adversarial training with SAM of the largest radius has a larger natural error than without
+    SAM: by how much"""
+    largest = adversarial(runs, max(runs.config["rhos"]))
+    return _points("natural_error", largest, adversarial(runs))
+
+
+@claim(OURS, low=1)
+def flat_in_weights_is_another_thing(runs: SeedRuns) -> float:
+    """Adversarial training without SAM does not end flatter in the weights than SGD: sharpness over
+    examples as they are, ratio"""
+    return _ratio("sharpness", adversarial(runs), _without_attack(runs, 0.0))
+
+
+@claim(OURS, high=0.5)
+def flat_in_inputs(runs: SeedRuns) -> float:
+    """Adversarial training without SAM ends flatter in the inputs than SGD: norm of the input
+    gradient, ratio"""
+    return _ratio("input_gradient", adversarial(runs), _without_attack(runs, 0.0))
+
+
+@claim(CONTROL, low=5, unit="points")
+def sam_alone_is_not_enough(runs: SeedRuns) -> float:
+    """SAM alone stays less robust than adversarial training alone: by how much"""
+    return _points(ROBUST, _without_attack(runs, RHO), adversarial(runs))
+
+
+CLAIMS = [
+    sam_makes_more_robust,
+    chosen_radius_makes_more_robust,
+    awp_makes_more_robust,
+    not_the_passes,
+    sam_narrows_the_gap,
+    awp_narrows_the_gap,
+    sam_flattens_the_adversarial_loss,
+    awp_flattens_the_adversarial_loss,
+    large_radius_costs_accuracy,
+    flat_in_weights_is_another_thing,
+    flat_in_inputs,
+    sam_alone_is_not_enough,
+]
 
 EXPERIMENT = Experiment(
     name="adversarial_sam",
@@ -413,5 +369,5 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
     settings=settings,
     run=run,
-    claims=_claims(),
+    claims=CLAIMS,
 )

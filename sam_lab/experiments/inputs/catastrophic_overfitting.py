@@ -7,36 +7,28 @@ linearity that the step relies on: `linearity` is the cosine between the loss's 
 example and at a random point of the ball around it, mean over examples; 1 where the loss is linear.
 
 Three attacks train a network each: FGSM; one step of 1.25 eps from a random start; and PGD with few
-steps. FGSM does so at other radii too. All are watched along the epochs, over the first `watched`
+steps. FGSM does so at other radii too. All are watched along the epochs, over the first `n_pgd`
 test examples, under PGD with more steps than any of them trains with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sam_lab import data, models
-from sam_lab.adversarial import (
-    Attack,
-    Threat,
-    cross_entropy,
-    fgsm,
-    pgd,
-    robust_accuracy,
-)
-from sam_lab.experiments import networks
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.robustness import two_judges
-from sam_lab.experiments.statistics import each_seed
+from sam_lab.adversarial import Attack, Threat, cross_entropy, fgsm, pgd, robust_accuracy
+from sam_lab.data import Dataset
+from sam_lab.experiments.inputs.robustness import two_judges
+from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.recipe import CIFAR, CIFAR_TENTH, DIGITS, Recipe
 from sam_lab.state import evaluating
-from sam_lab.training import Phase, Training, constant, crop_and_flip
+from sam_lab.training import Phase, Training
 
 __all__ = [
     "ATTACKS",
@@ -49,15 +41,13 @@ __all__ = [
     "prepare",
     "run",
     "settings",
+    "trained_against",
 ]
-
-WONG = "Wong et al. 2020"
-ANDRIUSHCHENKO = "Andriushchenko & Flammarion 2020"
 
 ATTACKS = ("fgsm", "random", "pgd")
 """What a network is trained against: FGSM, one step from a random start, PGD."""
 
-WATCH = 20  # steps of PGD along the epochs: more than any training has
+WATCHING_STEPS = 20  # of PGD along the epochs: more than any training has
 
 
 @dataclass(frozen=True)
@@ -65,45 +55,44 @@ class Config:
     """What is run.
 
     Attributes:
-        data, train, test: the data set, and how many examples of it.
-        channels: of a convolutional network's layers (see `models.cnn`); empty for a wide residual
-            network.
-        depth, width, stride: of the wide residual network (see `models.wide_resnet`).
-        augment: whether images are shifted and mirrored.
-        epochs, batch, lr, momentum, weight_decay: of SGD, at a constant learning rate.
+        recipe: data, network and SGD, at a constant learning rate.
         eps: radius in the maximum norm at which all three attacks train.
         others: radii at which FGSM trains too. Each network is judged at its own.
-        steps: of PGD in training.
+        attack_steps: of PGD in training.
         every: epochs from one look to the next.
-        watched: test examples that are looked at.
-        judged: test examples that AutoAttack's first two attacks see.
+        n_pgd: test examples that are looked at along the epochs.
+        n_autoattack: test examples that AutoAttack's two gradient attacks see at the end.
     """
 
-    data: str
-    train: int
-    test: int
-    channels: tuple[int, ...] = ()
-    depth: int = 10
-    width: int = 1
-    stride: int = 1
-    augment: bool = False
-    epochs: int = 30
-    batch: int = 128
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    recipe: Recipe
     eps: float = 0.3
     others: tuple[float, ...] = (0.2, 0.35)
-    steps: int = 3
+    attack_steps: int = 3
     every: int = 2
-    watched: int = 200
-    judged: int = 50
+    n_pgd: int = 200
+    n_autoattack: int = 50
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
+LAPTOP = Config(DIGITS.but(train=1000, hidden=(), channels=(16, 32), epochs=24, batch=32, lr=0.01))
+DESKTOP = Config(
+    CIFAR_TENTH.but(standardize="network", epochs=30), eps=8 / 255, others=(4 / 255, 16 / 255)
+)
+PAPER = Config(
+    CIFAR.but(standardize="network"),
+    eps=8 / 255,
+    others=(4 / 255, 16 / 255),
+    attack_steps=10,
+    n_pgd=1000,
+    n_autoattack=1000,
+)
+
+
+def settings(config: Config) -> list[Setting]:
     """Every attack at the one radius, and FGSM at the others."""
-    found: list[dict[str, Any]] = [{"attack": name, "eps": config.eps} for name in ATTACKS]
-    return found + [{"attack": "fgsm", "eps": eps} for eps in config.others]
+    return [
+        *({"attack": name, "eps": config.eps} for name in ATTACKS),
+        *({"attack": "fgsm", "eps": eps} for eps in config.others),
+    ]
 
 
 def attack(name: str, eps: float, steps: int) -> Attack:
@@ -123,41 +112,11 @@ def attack(name: str, eps: float, steps: int) -> Attack:
     return known[name]
 
 
-def prepare(
-    config: Config, setting: dict[str, Any], seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Training, data.Dataset]:
+def prepare(config: Config, cell: Cell) -> tuple[Training, Dataset]:
     """A run before its first epoch, and its data."""
-    found = data.load(config.data, train=config.train, test=config.test, seed=seed, device=device)
-    net: nn.Module
-    if config.channels:
-        net = models.cnn(
-            found.x.shape[1:],
-            found.classes,
-            "relu",
-            widths=config.channels,
-            pooling="max",
-            seed=seed,
-            device=device,
-        )
-    else:
-        net = networks.normalized(networks.wide_resnet(config, found, seed, device), found)
-    training = Training(
-        net,
-        found.x,
-        found.y,
-        partial(
-            torch.optim.SGD,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        ),
-        [Phase(0, config.epochs, attack=attack(setting["attack"], setting["eps"], config.steps))],
-        batch=config.batch,
-        schedule=constant,
-        augment=crop_and_flip() if config.augment else None,
-        seed=seed,
-    )
-    return training, found
+    against = attack(cell["attack"], cell["eps"], config.attack_steps)
+    phase = Phase(0, config.recipe.epochs, attack=against)
+    return config.recipe.training(cell.seed, cell.device, phases=[phase])
 
 
 def linearity(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int = 0) -> float:
@@ -185,65 +144,49 @@ def linearity(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int 
     return float(cosines.mean())
 
 
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def run(config: Config, cell: Cell) -> Columns:
     """One training, watched along its epochs.
 
     Returns:
-        `epoch` (how many are done), and there, on the watched test examples, `natural_error`,
-        `fgsm_error`, `pgd_error` and `linearity`. Of the last epoch, on the first `judged` test
-        examples, `end_natural_error`, `end_pgd_error` and `end_autoattack_error` as by
-        `robustness.two_judges`.
+        `epoch` (how many are done), and there, on the first `n_pgd` test examples,
+        `natural_error`, `fgsm_error`, `pgd_error` and `linearity`. Of the last epoch, on the first
+        `n_autoattack` test examples, `end_natural_error`, `end_pgd_error` and
+        `end_autoattack_error` as by `robustness.two_judges`.
     """
-    training, found = prepare(config, setting, seed, device)
-    model, threat = training.model, Threat("linf", setting["eps"])
-    x, y = found.x_test[: config.watched], found.y_test[: config.watched]
-    columns: dict[str, list[float]] = {
-        name: [] for name in ("epoch", "natural_error", "fgsm_error", "pgd_error", "linearity")
-    }
+    training, dataset = prepare(config, cell)
+    model, threat = training.model, Threat("linf", cell["eps"])
+    x, y = dataset.x_test[: config.n_pgd], dataset.y_test[: config.n_pgd]
+    rows = Rows()
 
     def on_epoch() -> None:
-        progress(training.epoch, training.epochs)
+        cell.tick(training.epoch, training.epochs)
         if training.epoch % config.every and training.epoch < training.epochs:
             return
         natural, one_step = robust_accuracy(model, x, y, partial(fgsm, threat=threat))
-        _, many = robust_accuracy(model, x, y, partial(pgd, threat=threat, steps=WATCH))
-        row = {
-            "epoch": float(training.epoch),
-            "natural_error": 1 - natural,
-            "fgsm_error": 1 - one_step,
-            "pgd_error": 1 - many,
-            "linearity": linearity(model, x, y, threat, seed),
-        }
-        for name, value in row.items():
-            columns[name].append(value)
+        _, many = robust_accuracy(model, x, y, partial(pgd, threat=threat, steps=WATCHING_STEPS))
+        rows.add(
+            epoch=training.epoch,
+            natural_error=1 - natural,
+            fgsm_error=1 - one_step,
+            pgd_error=1 - many,
+            linearity=linearity(model, x, y, threat, cell.seed),
+        )
 
     training.run(on_epoch=on_epoch)
-    few = slice(config.judged)
+    n = config.n_autoattack
     judges = two_judges(
-        model,
-        found.x_test[few],
-        found.y_test[few],
-        threat,
-        judged=config.judged,
-        seed=seed,
+        model, dataset.x_test[:n], dataset.y_test[:n], threat, n_autoattack=n, seed=cell.seed
     )
-    del judges["pgd_error_judged"]  # all are judged
-    return columns | {f"end_{name}": [value] for name, value in judges.items()}
+    del judges["pgd_error_judged"]  # here it is `pgd_error`
+    return rows.columns | {f"end_{name}": [error] for name, error in judges.items()}
 
 
-# --- what the runs decide -------------------------------------------------------------------------
+# --- what the runs say ----------------------------------------------------------------------------
 
 
-def _run(result: Result, seed: int, attack: str, eps: float | None = None) -> Run:
-    """The run trained against this attack, at the radius of all three or another."""
-    eps = result.config["eps"] if eps is None else eps
-    return result.select(seed=seed, attack=attack, eps=eps)[0]
+def trained_against(runs: SeedRuns, attack: str, eps: float | None = None) -> Run:
+    """The run trained against this attack, at this radius or the one of all three."""
+    return runs.one(attack=attack, eps=runs.config["eps"] if eps is None else eps)
 
 
 def curves(
@@ -259,7 +202,7 @@ def curves(
     Returns:
         Epochs (T,); values (seeds, T).
     """
-    runs = [_run(result, seed, attack, eps) for seed in result.seeds]
+    runs = [trained_against(of_seed, attack, eps) for of_seed in result.by_seed()]
     return runs[0]["epoch"], np.array([run[name] for run in runs])
 
 
@@ -274,148 +217,84 @@ def lost(run: Run) -> float:
     return float(100 * (error - np.minimum.accumulate(error)).max())
 
 
-def _claims() -> list[Claim]:
-    def largest(result: Result, seed: int) -> Run:
-        return _run(result, seed, "fgsm", max(result.config["others"]))
-
-    def smallest(result: Result, seed: int) -> Run:
-        return _run(result, seed, "fgsm", min(result.config["others"]))
-
-    def of(
-        statistic: Callable[[Run], float], which: Callable[[Result, int], Run]
-    ) -> Callable[[Result], list[float]]:
-        return each_seed(lambda result, seed: statistic(which(result, seed)))
-
-    def less(statistic: Callable[[Run], float], one: str, two: str) -> Callable[..., list[float]]:
-        """By how much a statistic of one attack's network lies above that of the other's."""
-        return each_seed(
-            lambda result, seed: (
-                statistic(_run(result, seed, one)) - statistic(_run(result, seed, two))
-            )
-        )
-
-    def final(name: str) -> Callable[[Run], float]:
-        return lambda run: float(100 * run[f"end_{name}"][0])
-
-    def straightness(result: Result, seed: int) -> float:
-        run = largest(result, seed)
-        where = int((run["pgd_error"] - run["fgsm_error"]).argmax())
-        return float(run["linearity"][where] / run["linearity"].max())
-
-    fgsm_run, pgd_run = (partial(_run, attack=name) for name in ("fgsm", "pgd"))
-    return [
-        Claim(
-            "one-step-deceives",
-            "Trained against FGSM at the largest radius, a network is robust against FGSM alone: "
-            "by how much its error under PGD is larger, at the epoch where that is most",
-            WONG,
-            "points",
-            of(deception, largest),
-            Criterion(low=40.0),
-        ),
-        Claim(
-            "nothing-is-left",
-            "AutoAttack leaves next to nothing of it after the last epoch: its error",
-            "Croce & Hein 2020",
-            "%",
-            of(final("autoattack_error"), largest),
-            Criterion(low=95.0),
-        ),
-        Claim(
-            "linearity-is-lost",
-            "The loss is no longer linear there: linearity at that epoch over its largest value",
-            ANDRIUSHCHENKO,
-            "",
-            each_seed(straightness),
-            Criterion(high=0.5),
-        ),
-        Claim(
-            "small-radius-is-spared",
-            "At the smallest radius FGSM does not deceive: by how much the error under PGD is "
-            "larger, at the epoch where that is most",
-            ANDRIUSHCHENKO,
-            "points",
-            of(deception, smallest),
-            Criterion(high=20.0),
-        ),
-        Claim(
-            "robustness-is-lost",
-            "At the radius between, FGSM training loses robustness that it had: by how much the "
-            "error under PGD rises again",
-            WONG,
-            "points",
-            of(lost, fgsm_run),
-            Criterion(low=20.0),
-        ),
-        Claim(
-            "pgd-does-not-lose-it",
-            "Training against PGD does not",
-            "control",
-            "points",
-            of(lost, pgd_run),
-            Criterion(high=20.0),
-        ),
-        Claim(
-            "random-start-helps",
-            "One step from a random start deceives less than FGSM: by how much",
-            WONG,
-            "points",
-            less(deception, "fgsm", "random"),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "random-start-is-more-robust",
-            "It ends more robust: by how much the error under AutoAttack is smaller",
-            WONG,
-            "points",
-            less(final("autoattack_error"), "fgsm", "random"),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "one-step-is-as-good",
-            "From a random start one step makes about as robust as PGD: by how much the error "
-            "under AutoAttack is larger",
-            WONG,
-            "points",
-            less(final("autoattack_error"), "random", "pgd"),
-            Criterion(high=5.0),
-        ),
-    ]
+def _at_largest_radius(runs: SeedRuns) -> Run:
+    return trained_against(runs, "fgsm", max(runs.config["others"]))
 
 
-LAPTOP = Config(
-    data="mnist_5k",
-    train=1000,
-    test=1000,
-    channels=(16, 32),
-    epochs=24,
-    batch=32,
-    lr=0.01,
-)
-DESKTOP = Config(
-    data="cifar10",
-    train=5000,
-    test=500,
-    stride=2,
-    lr=0.1,
-    eps=8 / 255,
-    others=(4 / 255, 16 / 255),
-)
-PAPER = Config(
-    data="cifar10",
-    train=50_000,
-    test=10_000,
-    depth=16,
-    width=8,
-    augment=True,
-    epochs=100,
-    lr=0.1,
-    eps=8 / 255,
-    others=(4 / 255, 16 / 255),
-    steps=10,
-    watched=1000,
-    judged=1000,
-)
+def _autoattack_error(runs: SeedRuns, attack: str, eps: float | None = None) -> float:
+    """After the last epoch, in per cent; arguments are those of `trained_against`."""
+    return 100 * trained_against(runs, attack, eps).value("end_autoattack_error")
+
+
+# --- what the runs decide -------------------------------------------------------------------------
+
+WONG = Source("Wong et al. 2020", "after")
+ANDRIUSHCHENKO = Source("Andriushchenko & Flammarion 2020", "after")
+
+
+@claim(WONG, low=40, unit="points", headline=True)
+def one_step_deceives(runs: SeedRuns) -> float:
+    """Trained against FGSM at the largest radius, a network is robust against FGSM alone: by how
+    much its error under PGD is larger, at the epoch where that is most"""
+    return deception(_at_largest_radius(runs))
+
+
+@claim(Source("Croce & Hein 2020", "after"), low=95, unit="%")
+def nothing_is_left(runs: SeedRuns) -> float:
+    """AutoAttack leaves next to nothing of a network trained against FGSM at the largest radius:
+    its error after the last epoch"""
+    return _autoattack_error(runs, "fgsm", max(runs.config["others"]))
+
+
+@claim(ANDRIUSHCHENKO, high=0.5)
+def linearity_is_lost(runs: SeedRuns) -> float:
+    """The loss is no longer linear where FGSM at the largest radius deceives most: linearity at
+    that epoch over its largest value"""
+    run = _at_largest_radius(runs)
+    epoch = int((run["pgd_error"] - run["fgsm_error"]).argmax())
+    return float(run["linearity"][epoch] / run["linearity"].max())
+
+
+@claim(ANDRIUSHCHENKO, high=20, unit="points")
+def small_radius_is_spared(runs: SeedRuns) -> float:
+    """At the smallest radius FGSM does not deceive: by how much the error under PGD is larger, at
+    the epoch where that is most"""
+    return deception(trained_against(runs, "fgsm", min(runs.config["others"])))
+
+
+@claim(WONG, low=20, unit="points")
+def robustness_is_lost(runs: SeedRuns) -> float:
+    """At the middle radius FGSM training loses robustness that it had: by how much the error under
+    PGD rises again"""
+    return lost(trained_against(runs, "fgsm"))
+
+
+@claim(CONTROL, high=20, unit="points")
+def pgd_does_not_lose_it(runs: SeedRuns) -> float:
+    """At the middle radius PGD training does not lose robustness that it had: by how much the error
+    under PGD rises again"""
+    return lost(trained_against(runs, "pgd"))
+
+
+@claim(WONG, low=0, unit="points")
+def random_start_helps(runs: SeedRuns) -> float:
+    """One step from a random start deceives less than FGSM: by how much"""
+    return deception(trained_against(runs, "fgsm")) - deception(trained_against(runs, "random"))
+
+
+@claim(WONG, low=0, unit="points")
+def random_start_is_more_robust(runs: SeedRuns) -> float:
+    """One step from a random start ends more robust than FGSM: by how much the error under
+    AutoAttack is smaller"""
+    return _autoattack_error(runs, "fgsm") - _autoattack_error(runs, "random")
+
+
+@claim(WONG, high=5, unit="points")
+def one_step_is_as_good(runs: SeedRuns) -> float:
+    """From a random start one step makes about as robust as PGD: by how much the error under
+    AutoAttack is larger"""
+    return _autoattack_error(runs, "random") - _autoattack_error(runs, "pgd")
+
 
 EXPERIMENT = Experiment(
     name="catastrophic_overfitting",
@@ -425,5 +304,15 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
     settings=settings,
     run=run,
-    claims=_claims(),
+    claims=[
+        one_step_deceives,
+        nothing_is_left,
+        linearity_is_lost,
+        small_radius_is_spared,
+        robustness_is_lost,
+        pgd_does_not_lose_it,
+        random_start_helps,
+        random_start_is_more_robust,
+        one_step_is_as_good,
+    ],
 )

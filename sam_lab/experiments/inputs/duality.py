@@ -15,12 +15,12 @@ examples:
 Clean accuracy is taken out in a second way, without a further network: the *common* examples are
 those test examples that both SGD and the network classify rightly.
 
-No number rests on one attack. On all `tested` examples there is PGD; on the first `judged` of them
-a stronger PGD and the two attacks of AutoAttack that follow gradients (APGD on the cross-entropy,
-targeted APGD on the difference of logits), pointwise worst; on the first `doubted`, for SGD and SAM
-at one radius, the whole AutoAttack, with FAB-T and Square. Where a network only *hides* its
-gradient (Athalye et al. 2018), an attack that needs none is stronger than PGD: Square, or examples
-made on the SGD network and shown to this one.
+No number rests on one attack. On the first `n_pgd` test examples there is PGD; on the first
+`n_autoattack` a stronger PGD and the two attacks of AutoAttack that follow gradients (APGD on the
+cross-entropy, targeted APGD on the difference of logits), pointwise worst; on the first
+`n_all_attacks`, for SGD and SAM at one radius, the whole AutoAttack, with FAB-T and Square. Where a
+network only *hides* its gradient (Athalye et al. 2018), an attack that needs none is stronger than
+PGD: Square, or examples made on the SGD network and shown to this one.
 
 Whether an attack succeeds depends on the logits' order, not on their scale. So the input gradient
 alone says little; the distance to the boundary to first order, margin over gradient, is free of the
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -40,15 +40,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sam_lab import data
 from sam_lab.adversarial import AUTOATTACK, Attack, Threat, autoattack, pgd, standing
-from sam_lab.experiments import networks
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.robustness import GRADIENT_ATTACKS, input_gradient, strong
-from sam_lab.experiments.statistics import each_seed
+from sam_lab.data import Dataset
+from sam_lab.experiments.inputs.robustness import GRADIENT_ATTACKS, input_gradient, strong
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Result, Run, SeedRuns, Setting
+from sam_lab.experiments.recipe import CIFAR, CIFAR_TENTH, DIGITS, Recipe
 from sam_lab.perturbations import global_norm, random_direction
 from sam_lab.state import evaluating
-from sam_lab.training import Phase, Training, cosine, crop_and_flip, evaluate
+from sam_lab.training import Phase, Training, cosine, evaluate
 
 __all__ = [
     "Config",
@@ -59,18 +60,11 @@ __all__ = [
     "prepare",
     "run",
     "settings",
-    "share_of_the_way",
-    "stands",
 ]
-
-ZHANG = "Zhang et al. 2024"
-HERE = "this book"
-CONTROL = "control"
 
 FEW_STEPS = 10
 OTHER_ATTACKS = AUTOATTACK[len(GRADIENT_ATTACKS) :]
 
-SGD: dict[str, Any] = {"method": "sgd", "rho": 0.0, "share": 1.0}
 METHODS = ("sgd", "sam", "blind", "decay", "adversarial")
 
 
@@ -79,27 +73,20 @@ class Config:
     """What is run. Inputs are pixels in [0, 1], and so are all eps.
 
     Attributes:
-        data, train, test: the data set, and how many examples of it.
-        hidden: widths of a fully connected network's hidden layers; empty for a wide residual
-            network, behind `models.Normalize`.
-        depth, width, stride: of the wide residual network.
-        augment: whether images are shifted and mirrored.
-        epochs, batch, lr, momentum, weight_decay: of SGD, the rate along half a cosine.
+        recipe: data, network and SGD; the learning rate goes along half a cosine.
+        attack_eps, attack_steps: of PGD in adversarial training.
+        eps, pgd_steps, n_pgd: of PGD at the end: its radii, steps and test examples.
+        judged_eps, n_autoattack: radii of stronger attacks, and how many of the test examples
+            they see.
+        n_all_attacks: those that attacks without a gradient see, at the first of `judged_eps`.
+        l2_eps: radius in the Euclidean norm, for SGD and SAM at `rho`.
         rhos: radii of SAM, ascending; `rho`: the one of them that is compared with the rest.
         shares: of the training examples, for SAM at `rho` to have SGD's test error.
         blind: radius of the perturbation in a random direction.
         decay: the strong weight decay.
-        attack_eps, attack_steps: of PGD in adversarial training.
-        tested: test examples that PGD attacks, in `steps` steps, at each of `eps`.
-        judged: of them, those that stronger attacks see, at each of `judged_eps`.
-        doubted: of them, those that attacks without a gradient see, at the first of `judged_eps`.
-        l2_eps: radius in the Euclidean norm, for SGD and SAM at `rho`.
-        measured: training examples over which the Hessian is taken, to the relative residual `tol`.
     """
 
-    data: str
-    train: int
-    test: int
+    recipe: Recipe
     attack_eps: float
     eps: tuple[float, ...]
     judged_eps: tuple[float, ...]
@@ -110,29 +97,14 @@ class Config:
     blind: float
     decay: float
     attack_steps: int = 10
-    hidden: tuple[int, ...] = ()
-    depth: int = 10
-    width: int = 1
-    stride: int = 1
-    augment: bool = False
-    epochs: int = 20
-    batch: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    tested: int = 1000
-    steps: int = 20
-    judged: int = 150
-    doubted: int = 50
-    measured: int = 1000
-    tol: float = 2e-2
+    pgd_steps: int = 20
+    n_pgd: int = 1000
+    n_autoattack: int = 150
+    n_all_attacks: int = 50
 
 
 LAPTOP = Config(
-    data="mnist_5k",
-    train=4000,
-    test=1000,
-    hidden=(200, 200),
+    DIGITS.but(epochs=20, lr=0.1, weight_decay=0.0, tol=2e-2),
     rho=0.2,
     rhos=(0.05, 0.1, 0.2, 0.5),
     shares=(0.6,),
@@ -146,12 +118,7 @@ LAPTOP = Config(
 # On a tenth of CIFAR-10 SGD's network is all but broken at 2/255, so the judges sit at radii where
 # there is something to tell apart; 8/255, that of adversarial training, shows where it all ends.
 DESKTOP = Config(
-    data="cifar10",
-    train=5000,
-    test=2000,
-    stride=2,
-    epochs=20,
-    weight_decay=5e-4,
+    CIFAR_TENTH.but(standardize="network", test=2000, epochs=20, measured=500, tol=0.1),
     rho=0.1,
     rhos=(0.05, 0.1, 0.2),
     shares=(0.7,),
@@ -162,37 +129,33 @@ DESKTOP = Config(
     eps=(0.0, 0.5 / 255, 1 / 255, 2 / 255, 8 / 255, 32 / 255),
     judged_eps=(0.5 / 255, 1 / 255),
     l2_eps=16 / 255,
-    tested=500,
-    steps=10,
-    judged=100,
-    doubted=50,
-    measured=500,
-    tol=0.1,
+    pgd_steps=10,
+    n_pgd=500,
+    n_autoattack=100,
 )
 # The radii of the attacks are those of the evaluation that Zhang et al. released.
 PAPER = dataclasses.replace(
     DESKTOP,
-    train=50_000,
-    test=10_000,
-    depth=16,
-    width=8,
-    stride=1,
-    augment=True,
-    epochs=100,
+    recipe=CIFAR.but(standardize="network", measured=5000),
     rhos=(0.1, 0.2, 0.3, 0.4, 0.5),
     attack_steps=5,
     judged_eps=(1 / 255, 2 / 255),
     l2_eps=32 / 255,
-    tested=10_000,
-    steps=20,
-    judged=1000,
-    doubted=1000,
-    measured=5000,
-    tol=5e-2,
+    pgd_steps=20,
+    n_pgd=10_000,
+    n_autoattack=1000,
+    n_all_attacks=1000,
 )
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
+def _setting(method: str, rho: float = 0.0, share: float = 1.0) -> Setting:
+    return {"method": method, "rho": rho, "share": share}
+
+
+SGD = _setting("sgd")
+
+
+def settings(config: Config) -> list[Setting]:
     """The networks: which method, its radius, and the share of the training examples it gets.
 
     Raises:
@@ -201,66 +164,41 @@ def settings(config: Config) -> list[dict[str, Any]]:
     if config.rho not in config.rhos:
         raise ValueError(f"rho must be one of rhos {config.rhos}, got {config.rho}")
     return [
-        dict(SGD),
-        *({**SGD, "method": "sam", "rho": rho} for rho in config.rhos),
-        *({**SGD, "method": "sam", "rho": config.rho, "share": share} for share in config.shares),
-        {**SGD, "method": "blind", "rho": config.blind},
-        {**SGD, "method": "decay"},
-        {**SGD, "method": "adversarial"},
+        _setting("sgd"),
+        *(_setting("sam", rho) for rho in config.rhos),
+        *(_setting("sam", config.rho, share) for share in config.shares),
+        _setting("blind", config.blind),
+        _setting("decay"),
+        _setting("adversarial"),
     ]
 
 
-def prepare(
-    config: Config, setting: dict[str, Any], seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Training, data.Dataset]:
+def prepare(config: Config, cell: Cell) -> tuple[Training, Dataset]:
     """A network before its first epoch, and the data (all of the training set).
 
     Raises:
         ValueError: an unknown method or data set, or more examples than there are.
     """
-    found = data.load(config.data, train=config.train, test=config.test, seed=seed, device=device)
-    net = networks.build(config, found, seed, device)
-    how: dict[str, Any] = {"rho": setting["rho"]}
-    method = setting["method"]
+    recipe, method = config.recipe, cell["method"]
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    how: dict[str, Any] = {"rho": cell["rho"]}
     if method == "blind":
         how["rule"] = random_direction
     elif method == "adversarial":
         threat = Threat("linf", config.attack_eps)
         how["attack"] = partial(pgd, threat=threat, steps=config.attack_steps)
-    elif method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    optimizer = partial(
-        torch.optim.SGD,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.decay if method == "decay" else config.weight_decay,
-    )
-    few = slice(round(setting["share"] * len(found.x)))
-    training = Training(
-        net if config.hidden else networks.normalized(net, found),
-        found.x[few],
-        found.y[few],
-        optimizer,
-        [Phase(0, config.epochs, **how)],
-        batch=config.batch,
+    return recipe.training(
+        cell.seed,
+        cell.device,
+        examples=round(cell["share"] * recipe.train),
+        weight_decay=config.decay if method == "decay" else None,
+        phases=[Phase(0, recipe.epochs, **how)],
         schedule=cosine,
-        augment=crop_and_flip() if config.augment else None,
-        seed=seed,
     )
-    return training, found
 
 
 # --- what is measured -----------------------------------------------------------------------------
-
-
-def stands(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> Tensor:
-    """Which examples (N, ...) are classified rightly, and still are under an attack: (N,), bool."""
-    return standing(model, x, y, attack)[1]
-
-
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Which examples are classified rightly: (N,), bool."""
-    return stands(model, x, y, lambda model, x, y: x)
 
 
 def first_order_distance(
@@ -302,81 +240,77 @@ def first_order_distance(
 
 @dataclass(frozen=True)
 class _Trained:
-    """A network at its end, and which test examples stand under which attack."""
+    """A network at its end, and which test examples it gets right, attacked or not.
+
+    Attributes:
+        right: which of the first `n_pgd` examples, not attacked: (n_pgd,), bool.
+        pgd_examples: those examples under PGD, for each eps.
+        under_pgd: which of them are right under it, for each eps: (n_pgd,) each.
+        under_autoattack: which of the first `n_autoattack` are right under AutoAttack's gradient
+            attacks, for each judged eps: (n_autoattack,) each.
+    """
 
     training: Training
-    found: data.Dataset
-    right: Tensor  # (tested,)
-    attacked: list[Tensor]  # the tested examples under PGD, at each eps
-    stands: list[Tensor]  # (tested,) under it
-    survives: list[Tensor]  # (judged,) under AutoAttack's gradient attacks, at each judged eps
+    dataset: Dataset
+    right: Tensor
+    pgd_examples: list[Tensor]
+    under_pgd: list[Tensor]
+    under_autoattack: list[Tensor]
+
+    def first(self, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+        """The network, and the first `n` test examples with their labels."""
+        return self.training.model, self.dataset.x_test[:n], self.dataset.y_test[:n]
 
 
-def _train(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> _Trained:
-    training, found = prepare(config, setting, seed, device)
-    training.run(on_epoch=lambda: progress(training.epoch, training.epochs))
-    model, x, y = training.model, found.x_test[: config.tested], found.y_test[: config.tested]
-    attacked = [_pgd(model, x, y, eps, config) for eps in config.eps]
+def _train(config: Config, cell: Cell) -> _Trained:
+    training, dataset = prepare(config, cell)
+    training.run(on_epoch=lambda: cell.tick(training.epoch, training.epochs))
+    model, x, y = training.model, dataset.x_test[: config.n_pgd], dataset.y_test[: config.n_pgd]
     right = _right(model, x, y)
+    pgd_examples = [_attacked(model, x, y, eps, config.pgd_steps) for eps in config.eps]
+    few = model, dataset.x_test[: config.n_autoattack], dataset.y_test[: config.n_autoattack]
+    judges = [_autoattack(Threat("linf", eps), cell.seed) for eps in config.judged_eps]
     return _Trained(
         training,
-        found,
+        dataset,
         right,
-        attacked,
-        [right & _right(model, x_adv, y) for x_adv in attacked],
-        [
-            _judged(model, found, config, Threat("linf", eps), GRADIENT_ATTACKS, seed)
-            for eps in config.judged_eps
-        ],
+        pgd_examples,
+        [right & _right(model, x_adv, y) for x_adv in pgd_examples],
+        [_right(*few, judge) for judge in judges],
     )
-
-
-def _pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, config: Config) -> Tensor:
-    if not eps:
-        return x
-    attack = partial(pgd, model, threat=Threat("linf", eps), steps=config.steps)
-    parts = zip(x.split(1000), y.split(1000), strict=True)
-    return torch.cat([attack(inputs, labels) for inputs, labels in parts])
-
-
-def _judged(
-    model: nn.Module,
-    found: data.Dataset,
-    config: Config,
-    threat: Threat,
-    attacks: tuple[str, ...],
-    seed: int,
-) -> Tensor:
-    """Which of the judged examples stand under some of AutoAttack's attacks: (judged,)."""
-    few = slice(config.judged)
-    judge = partial(autoattack, threat=threat, attacks=attacks, seed=seed)
-    return stands(model, found.x_test[few], found.y_test[few], judge)
 
 
 @lru_cache(maxsize=8)  # of each seed, as the runner goes through all seeds of a setting
 def _sgd(config: Config, seed: int, device: torch.device | str) -> _Trained:
     """The SGD network of a seed, which every other network is compared with."""
-    return _train(config, SGD, seed, device)
+    return _train(config, Cell(SGD, seed, device))
 
 
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def _right(model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None = None) -> Tensor:
+    """Which examples are classified rightly, and still are under an attack: (N,), bool."""
+    return standing(model, x, y, attack or (lambda model, x, y: x))[1]
+
+
+def _attacked(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
+    """The examples under PGD."""
+    if not eps:
+        return x
+    attack = partial(pgd, model, threat=Threat("linf", eps), steps=steps)
+    parts = zip(x.split(1000), y.split(1000), strict=True)
+    return torch.cat([attack(inputs, labels) for inputs, labels in parts])
+
+
+def _autoattack(threat: Threat, seed: int, attacks: Sequence[str] = GRADIENT_ATTACKS) -> Attack:
+    """Some attacks of AutoAttack."""
+    return partial(autoattack, threat=threat, attacks=attacks, seed=seed)
+
+
+def run(config: Config, cell: Cell) -> Columns:
     """One network, trained and attacked.
 
     Returns:
         Single numbers: `train_loss` and `train_error` on the examples it was trained with,
-        `test_loss` and `natural_error` on the whole test set; on the tested examples,
+        `test_loss` and `natural_error` on the whole test set; on the first `n_pgd` test examples,
         `input_gradient` (mean dual norm, of the cross-entropy) and, of those that are right, the
         medians `margin` and `distance` of `first_order_distance`, all for the maximum norm; `norm`
         of the weights; `sharpness` (of the cross-entropy of training, without attack).
@@ -385,28 +319,29 @@ def run(
         network; `common_pgd_error` and `common_sgd_pgd_error`, of this network and of SGD's among
         the `common` (a share) examples that both classify rightly.
 
-        A row for each of `judged_eps`, on the judged examples: `autoattack_error` (its gradient
-        attacks), `pgd_error_judged` (the 50 steps and 5 restarts of `robustness`),
+        A row for each of `judged_eps`, on the first `n_autoattack` examples: `autoattack_error`
+        (its gradient attacks), `pgd_error_judged` (the 50 steps and 5 restarts of `robustness`),
         `few_steps_error_judged` (10 steps, no restart), `common_autoattack_error` and
         `common_sgd_autoattack_error`.
 
         Single numbers, NaN but for SGD and SAM at `config.rho`: `square_error`, `whole_error` (all
         four attacks of AutoAttack), `doubted_autoattack_error` (its gradient attacks) and
-        `doubted_pgd_error` (50 steps, 5 restarts) on the doubted examples; `l2_pgd_error` and
-        `l2_autoattack_error` on the judged ones.
+        `doubted_pgd_error` (50 steps, 5 restarts) on the first `n_all_attacks` examples;
+        `l2_pgd_error` and `l2_autoattack_error` on the first `n_autoattack`.
 
     Raises:
         ImportError: pyautoattack is not installed.
         ValueError: an unknown method or data set, or more examples than there are.
     """
-    sgd = _sgd(config, seed, device)
-    here = sgd if setting == SGD else _train(config, setting, seed, device, progress)
-    training, found, model = here.training, here.found, here.training.model
-    x, y = found.x_test[: config.tested], found.y_test[: config.tested]
+    sgd = _sgd(config, cell.seed, cell.device)
+    here = sgd if cell.setting == SGD else _train(config, cell)
+    training, dataset, recipe = here.training, here.dataset, config.recipe
+    model, x, y = here.first(config.n_pgd)
     train_loss, train_error = evaluate(model, training.x, training.y)
-    test_loss, natural_error = evaluate(model, found.x_test, found.y_test)
+    test_loss, natural_error = evaluate(model, dataset.x_test, dataset.y_test)
     margins, distances = _distances(model, x, y)
-    columns: dict[str, list[float]] = {
+    thoroughly = cell.setting in (SGD, _setting("sam", config.rho))
+    return {
         "train_loss": [train_loss],
         "train_error": [train_error],
         "test_loss": [test_loss],
@@ -415,112 +350,88 @@ def run(
         "margin": [float(margins[here.right].median())],
         "distance": [float(distances[here.right].median())],
         "norm": [float(global_norm(list(model.parameters())))],
-        "sharpness": [_sharpness(training, config)],
+        "sharpness": [recipe.sharpness(training)],
         "eps": list(config.eps),
         "judged_eps": list(config.judged_eps),
+        **_under_pgd(sgd, here, config),
+        **_under_autoattack(sgd, here, config),
+        **(_under_all_attacks(here, config, cell.seed) if thoroughly else _NOT_UNDER_ALL_ATTACKS),
     }
-    columns |= _on_tested(sgd, here, y)
-    columns |= _on_judged(sgd, here, config)
-    columns |= _on_doubted(here, config, seed, thorough=setting in _doubted(config))
-    return columns
-
-
-def _doubted(config: Config) -> list[dict[str, Any]]:
-    return [SGD, {**SGD, "method": "sam", "rho": config.rho}]
 
 
 def _distances(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    parts = zip(x.split(1000), y.split(1000), strict=True)
-    found = [first_order_distance(model, inputs, labels) for inputs, labels in parts]
-    margins, distances = zip(*found, strict=True)
+    """As `first_order_distance`, a part of the examples at a time."""
+    pairs = zip(x.split(1000), y.split(1000), strict=True)
+    parts = [first_order_distance(model, inputs, labels) for inputs, labels in pairs]
+    margins, distances = zip(*parts, strict=True)
     return torch.cat(margins), torch.cat(distances)
 
 
-def _sharpness(training: Training, config: Config) -> float:
-    """The top eigenvalue of the Hessian over the measured examples, in evaluation mode."""
-    few = slice(config.measured)
-    found = networks.hessian(training.model, training.x[few], training.y[few])
-    return float(found.top(tol=config.tol).values[0])
+def _error(right: Tensor, among: Tensor | None = None) -> float:
+    """The share of examples that are not right, of all or of those in `among`; NaN of none."""
+    right = right if among is None else right[among]
+    return 1 - int(right.sum()) / len(right) if len(right) else math.nan
 
 
-def _error(standing: Tensor, among: Tensor | None = None) -> float:
-    """The share of examples that do not stand, of all or of those in `among`; NaN of none."""
-    standing = standing if among is None else standing[among]
-    return 1 - int(standing.sum()) / len(standing) if len(standing) else math.nan
-
-
-def _on_tested(sgd: _Trained, here: _Trained, y: Tensor) -> dict[str, list[float]]:
+def _under_pgd(sgd: _Trained, here: _Trained, config: Config) -> Columns:
     common = sgd.right & here.right
-    model = here.training.model
-    transferred = [here.right & _right(model, x_adv, y) for x_adv in sgd.attacked]
+    model, _, y = here.first(config.n_pgd)
+    transferred = [here.right & _right(model, x_adv, y) for x_adv in sgd.pgd_examples]
     return {
-        "pgd_error": [_error(s) for s in here.stands],
-        "transfer_error": [_error(s) for s in transferred],
+        "pgd_error": [_error(right) for right in here.under_pgd],
+        "transfer_error": [_error(right) for right in transferred],
         "common": [1 - _error(common)],
-        "common_pgd_error": [_error(s, common) for s in here.stands],
-        "common_sgd_pgd_error": [_error(s, common) for s in sgd.stands],
+        "common_pgd_error": [_error(right, common) for right in here.under_pgd],
+        "common_sgd_pgd_error": [_error(right, common) for right in sgd.under_pgd],
     }
 
 
-def _on_judged(sgd: _Trained, here: _Trained, config: Config) -> dict[str, list[float]]:
-    few = slice(config.judged)
-    common = (sgd.right & here.right)[few]
-    model, x, y = here.training.model, here.found.x_test[few], here.found.y_test[few]
-    columns: dict[str, list[float]] = {
-        "autoattack_error": [_error(s) for s in here.survives],
-        "common_autoattack_error": [_error(s, common) for s in here.survives],
-        "common_sgd_autoattack_error": [_error(s, common) for s in sgd.survives],
-    }
+def _under_autoattack(sgd: _Trained, here: _Trained, config: Config) -> Columns:
+    examples = here.first(config.n_autoattack)
+    common = (sgd.right & here.right)[: config.n_autoattack]
     threats = [Threat("linf", eps) for eps in config.judged_eps]
-    for name, attacks in (
-        ("pgd_error_judged", [strong(threat) for threat in threats]),
-        (
-            "few_steps_error_judged",
-            [partial(pgd, threat=threat, steps=FEW_STEPS) for threat in threats],
-        ),
-    ):
-        columns[name] = [_error(stands(model, x, y, attack)) for attack in attacks]
-    return columns
+    light = [partial(pgd, threat=threat, steps=FEW_STEPS) for threat in threats]
+    return {
+        "autoattack_error": [_error(right) for right in here.under_autoattack],
+        "common_autoattack_error": [_error(right, common) for right in here.under_autoattack],
+        "common_sgd_autoattack_error": [_error(right, common) for right in sgd.under_autoattack],
+        "pgd_error_judged": [_error(_right(*examples, strong(threat))) for threat in threats],
+        "few_steps_error_judged": [_error(_right(*examples, attack)) for attack in light],
+    }
 
 
-_ON_DOUBTED = ("doubted_pgd_error", "square_error", "doubted_autoattack_error", "whole_error")
-_IN_L2 = ("l2_pgd_error", "l2_autoattack_error")
+def _under_all_attacks(here: _Trained, config: Config, seed: int) -> Columns:
+    threat, euclidean = Threat("linf", config.judged_eps[0]), Threat("l2", config.l2_eps)
+    few, more = here.first(config.n_all_attacks), here.first(config.n_autoattack)
+    by_gradient = here.under_autoattack[0][: config.n_all_attacks]
+    by_all = by_gradient.clone()
+    if by_all.any():  # AutoAttack goes on with what its gradient attacks have left
+        model, x, y = few
+        others = _autoattack(threat, seed, OTHER_ATTACKS)
+        by_all[by_gradient] = _right(model, x[by_gradient], y[by_gradient], others)
+    return {
+        "doubted_pgd_error": [_error(_right(*few, strong(threat)))],
+        "square_error": [_error(_right(*few, _autoattack(threat, seed, ("square",))))],
+        "doubted_autoattack_error": [_error(by_gradient)],
+        "whole_error": [_error(by_all)],
+        "l2_pgd_error": [_error(_right(*more, strong(euclidean)))],
+        "l2_autoattack_error": [_error(_right(*more, _autoattack(euclidean, seed)))],
+    }
 
 
-def _on_doubted(
-    here: _Trained, config: Config, seed: int, *, thorough: bool
-) -> dict[str, list[float]]:
-    if not thorough:
-        return {name: [math.nan] for name in (*_ON_DOUBTED, *_IN_L2)}
-    model, few = here.training.model, slice(config.doubted)
-    x, y = here.found.x_test[few], here.found.y_test[few]
-    threat = Threat("linf", config.judged_eps[0])
-    judge = partial(autoattack, threat=threat, seed=seed)
-    whole = here.survives[0][few].clone()
-    if whole.any():  # AutoAttack goes on with what its first attacks have left
-        whole[whole.clone()] = stands(
-            model, x[whole], y[whole], partial(judge, attacks=OTHER_ATTACKS)
-        )
-    euclidean = Threat("l2", config.l2_eps)
-    judged = here.found.x_test[: config.judged], here.found.y_test[: config.judged]
-    standing = (
-        stands(model, x, y, strong(threat)),
-        stands(model, x, y, partial(judge, attacks=("square",))),
-        here.survives[0][few],
-        whole,
-        stands(model, *judged, strong(euclidean)),
-        _judged(model, here.found, config, euclidean, GRADIENT_ATTACKS, seed),
+_NOT_UNDER_ALL_ATTACKS: Columns = {
+    name: [math.nan]
+    for name in (
+        *("doubted_pgd_error", "square_error", "doubted_autoattack_error", "whole_error"),
+        *("l2_pgd_error", "l2_autoattack_error"),
     )
-    names = (*_ON_DOUBTED, *_IN_L2)
-    return {name: [_error(s)] for name, s in zip(names, standing, strict=True)}
+}
 
 
-# --- what the runs decide -------------------------------------------------------------------------
+# --- what the runs say ----------------------------------------------------------------------------
 
 
-def network(
-    result: Result, seed: int, method: str, rho: float | None = None, share: float = 1.0
-) -> Run:
+def network(runs: SeedRuns, method: str, rho: float | None = None, share: float = 1.0) -> Run:
     """The run of one network.
 
     Args:
@@ -529,35 +440,9 @@ def network(
     Raises:
         ValueError: there is no such network.
     """
-    wanted: dict[str, Any] = {"method": method, "share": share}
-    if method == "sam":
-        wanted["rho"] = result.config["rho"] if rho is None else rho
-    return result.select(seed=seed, **wanted)[0]
-
-
-def against_rho(
-    result: Result, name: str, eps: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """A column against SAM's radius, SGD being 0.
-
-    Args:
-        name: a column of `run`.
-        eps: for a column with a row for each eps, which one; among `judged_eps` for those on the
-            judged examples.
-
-    Returns:
-        Radii (R,), ascending; values (seeds, R).
-
-    Raises:
-        ValueError: no such eps.
-    """
-    rhos = sorted(result.config["rhos"])
-    runs = [
-        [network(result, seed, "sgd"), *(network(result, seed, "sam", rho) for rho in rhos)]
-        for seed in result.seeds
-    ]
-    values = [[_at(run, name, eps) for run in of_seed] for of_seed in runs]
-    return np.array([0.0, *rhos]), np.array(values)
+    if method != "sam":
+        return runs.one(method=method, share=share)
+    return runs.one(method=method, share=share, rho=runs.config["rho"] if rho is None else rho)
 
 
 _BY_EPS = {
@@ -574,270 +459,243 @@ _BY_EPS = {
 
 def _at(run: Run, name: str, eps: float | None = None) -> float:
     """A column's entry at this eps, or its only one."""
-    column = run[name]
     grid = next((run[grid] for grid, names in _BY_EPS.items() if name in names), None)
     if grid is None and eps is None:
-        return float(column[0])
+        return run.value(name)
     if grid is None or eps is None:
         there = "no eps" if grid is None else f"an eps of {grid.tolist()}"
         raise ValueError(f"{name} takes {there}, got {eps}")
     which = np.flatnonzero(np.isclose(grid, eps, rtol=1e-5, atol=0))
     if len(which) != 1:
         raise ValueError(f"{name} takes an eps of {grid.tolist()}, got {eps}")
-    return float(column[which[0]])
+    return float(run[name][which[0]])
 
 
-def equal_accuracy(result: Result, seed: int, name: str, eps: float | None = None) -> float:
+def against_rho(
+    result: Result, name: str, eps: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A column against SAM's radius, SGD being 0.
+
+    Args:
+        name: a column of `run`.
+        eps: for a column with a row for each eps, which one; among `judged_eps` for those under
+            the stronger attacks.
+
+    Returns:
+        Radii (R,), ascending; values (seeds, R).
+
+    Raises:
+        ValueError: no such eps.
+    """
+    rhos = sorted(result.config["rhos"])
+    values = [
+        [
+            _at(run, name, eps)
+            for run in (network(runs, "sgd"), *(network(runs, "sam", rho) for rho in rhos))
+        ]
+        for runs in result.by_seed()
+    ]
+    return np.array([0.0, *rhos]), np.array(values)
+
+
+def equal_accuracy(runs: SeedRuns, name: str, eps: float | None = None) -> float:
     """A column of SAM where its test error is that of SGD.
 
     Interpolated along SAM at the config's radius, from all training examples to few. If its error
     with all of them is larger than SGD's, or with the fewest still smaller, the nearer end.
     """
-    share = [1.0, *result.config["shares"]]
-    runs = [network(result, seed, "sam", share=s) for s in share]
-    errors = np.array([float(run["natural_error"][0]) for run in runs])
-    values = np.array([_at(run, name, eps) for run in runs])
+    along = [network(runs, "sam", share=share) for share in (1.0, *runs.config["shares"])]
+    errors = np.array([run.value("natural_error") for run in along])
+    values = np.array([_at(run, name, eps) for run in along])
     order = np.argsort(errors)
-    wanted = float(network(result, seed, "sgd")["natural_error"][0])
+    wanted = network(runs, "sgd").value("natural_error")
     return float(np.interp(wanted, errors[order], values[order]))
 
 
-def _points(
-    name: str, one: tuple[Any, ...], two: tuple[Any, ...]
-) -> Callable[[Result], list[float]]:
-    """By how many points a column of one network lies above another's, at the small eps."""
-
-    def at(result: Result, seed: int) -> float:
-        first, second = (network(result, seed, *which) for which in (one, two))
-        eps = result.config["judged_eps"][0] if name in _BY_EPS["judged_eps"] else None
-        return 100 * (_at(first, name, eps) - _at(second, name, eps))
-
-    return each_seed(at)
+def _small_eps(runs: SeedRuns) -> float:
+    return float(runs.config["judged_eps"][0])
 
 
-def _ratio(name: str, method: str = "sam") -> Callable[[Result], list[float]]:
-    """A single number of SAM, or of another network, over SGD's."""
-
-    def at(result: Result, seed: int) -> float:
-        other, sgd = (network(result, seed, which) for which in (method, "sgd"))
-        return _at(other, name) / _at(sgd, name)
-
-    return each_seed(at)
-
-
-def _within_sam(statistic: Callable[[Run], float]) -> Callable[[Result], list[float]]:
-    """A statistic of SAM at the config's radius alone, a share, in per cent."""
-    return each_seed(lambda result, seed: 100 * statistic(network(result, seed, "sam")))
-
-
-def _largest(one: str, two: str) -> Callable[[Run], float]:
-    """The largest difference between two columns with the same rows, over all eps but 0."""
-
-    def at(run: Run) -> float:
-        grid = run["judged_eps" if one in _BY_EPS["judged_eps"] else "eps"]
-        return float((run[one] - run[two])[grid > 0].max())
-
-    return at
-
-
-def _without_gradient(run: Run) -> float:
-    """By how much attacks that do not use the network's gradient exceed PGD."""
-    square = float(run["square_error"][0] - run["doubted_pgd_error"][0])
-    return max(square, _largest("transfer_error", "pgd_error")(run))
-
-
-def _growth(result: Result, seed: int) -> float:
-    """By how many points the smallest radius lies above the largest."""
-    ends = min(result.config["rhos"]), max(result.config["rhos"])
-    eps = result.config["judged_eps"][0]
-    one, two = (_at(network(result, seed, "sam", rho), "autoattack_error", eps) for rho in ends)
+def _more_errors(runs: SeedRuns, method: str, other: str = "sam") -> float:
+    """By how many points AutoAttack's error of one network lies above the other's, at the small
+    eps."""
+    one, two = (_at(network(runs, which), ROBUST, _small_eps(runs)) for which in (method, other))
     return 100 * (one - two)
 
 
-def _at_equal_accuracy(result: Result, seed: int) -> float:
-    """By how many points SGD lies above SAM of equal clean accuracy."""
-    name, eps = "autoattack_error", result.config["judged_eps"][0]
-    sgd = _at(network(result, seed, "sgd"), name, eps)
-    return 100 * (sgd - equal_accuracy(result, seed, name, eps))
+def _over_sgd(runs: SeedRuns, name: str, method: str = "sam") -> float:
+    """A single number of SAM, or of another network, over SGD's."""
+    return network(runs, method).value(name) / network(runs, "sgd").value(name)
 
 
-def _on_common(result: Result, seed: int) -> float:
-    """The same among the examples that both classify rightly."""
-    sam = network(result, seed, "sam")
+def _largest_excess(run: Run, name: str, other: str) -> float:
+    """By how much a column lies above another with the same rows, most over all eps but 0."""
+    grid = run["judged_eps" if name in _BY_EPS["judged_eps"] else "eps"]
+    return float((run[name] - run[other])[grid > 0].max())
+
+
+# --- what the runs decide -------------------------------------------------------------------------
+
+ZHANG = Source("Zhang et al. 2024", "after")
+ROBUST = "autoattack_error"  # under AutoAttack's two gradient attacks
+
+
+@claim(ZHANG, low=0, unit="points", headline=True)
+def sam_is_more_robust(runs: SeedRuns) -> float:
+    """SAM, which never saw an attack, is more robust than SGD: AutoAttack's errors at the small
+    eps, how many fewer"""
+    return _more_errors(runs, "sgd")
+
+
+@claim(ZHANG, high=0, unit="points")
+def clean_accuracy_is_kept(runs: SeedRuns) -> float:
+    """SAM's robustness costs no clean accuracy: by how much SAM's test error is larger than
+    SGD's"""
+    sam, sgd = (network(runs, method).value("natural_error") for method in ("sam", "sgd"))
+    return 100 * (sam - sgd)
+
+
+@claim(OURS, low=0, unit="points")
+def robustness_grows_with_rho(runs: SeedRuns) -> float:
+    """The larger SAM's radius, the fewer errors under attack: how many fewer at the largest than at
+    the smallest"""
+    rhos, eps = runs.config["rhos"], _small_eps(runs)
+    smallest, largest = (_at(network(runs, "sam", f(rhos)), ROBUST, eps) for f in (min, max))
+    return 100 * (smallest - largest)
+
+
+@claim(OURS, low=0, unit="points")
+def at_equal_clean_accuracy(runs: SeedRuns) -> float:
+    """SAM is more robust than SGD also where its test error is SGD's, as it was trained on fewer
+    examples: AutoAttack's errors at the small eps, how many fewer"""
+    eps = _small_eps(runs)
+    return 100 * (_at(network(runs, "sgd"), ROBUST, eps) - equal_accuracy(runs, ROBUST, eps))
+
+
+@claim(OURS, low=0, unit="points")
+def on_common_examples(runs: SeedRuns) -> float:
+    """SAM is more robust than SGD also among the examples that both classify rightly: AutoAttack's
+    errors at the small eps, how many fewer"""
+    sam = network(runs, "sam")
     difference = sam["common_sgd_autoattack_error"] - sam["common_autoattack_error"]
     return 100 * float(difference[0])
 
 
-def share_of_the_way(result: Result, seed: int, eps: float) -> float:
-    """How far SAM comes from SGD (0) to adversarial training (1), in AutoAttack's errors.
+@claim(OURS, low=0, unit="points")
+def in_the_euclidean_norm(runs: SeedRuns) -> float:
+    """SAM is more robust than SGD also against attacks in the Euclidean norm: AutoAttack's errors,
+    how many fewer"""
+    sgd, sam = (network(runs, method).value("l2_autoattack_error") for method in ("sgd", "sam"))
+    return 100 * (sgd - sam)
 
-    Args:
-        eps: among `judged_eps`.
-    """
+
+@claim(OURS, high=0.9)
+def input_gradient_is_smaller(runs: SeedRuns) -> float:
+    """SAM's input gradient is smaller than SGD's: mean dual norm, ratio"""
+    return _over_sgd(runs, "input_gradient")
+
+
+@claim(OURS, low=1.1)
+def boundary_is_farther(runs: SeedRuns) -> float:
+    """SAM's smaller input gradient is not the scale of its logits: the distance to the boundary to
+    first order, which has no scale, is larger than SGD's: median over the examples that are right,
+    ratio"""
+    return _over_sgd(runs, "distance")
+
+
+@claim(CONTROL, low=0.95)
+def weights_are_not_shorter(runs: SeedRuns) -> float:
+    """SAM's weights are not shorter than SGD's: norm, ratio"""
+    return _over_sgd(runs, "norm")
+
+
+@claim(CONTROL, low=0, unit="points", headline=True)
+def decay_does_less(runs: SeedRuns) -> float:
+    """Strong weight decay, which knows nothing of sharpness, does less for robustness than SAM:
+    AutoAttack's errors at the small eps, how many fewer SAM has"""
+    return _more_errors(runs, "decay")
+
+
+@claim(CONTROL, low=1, set_after=True)
+def decay_is_not_flatter(runs: SeedRuns) -> float:
+    """Strong weight decay is not SAM in disguise, it ends sharper than SGD: sharpness, ratio"""
+    return _over_sgd(runs, "sharpness", "decay")
+
+
+@claim(CONTROL, low=0, unit="points")
+def blind_does_less(runs: SeedRuns) -> float:
+    """A perturbation in random directions, at many times SAM's radius, does less for robustness
+    than SAM: AutoAttack's errors at the small eps, how many fewer SAM has"""
+    return _more_errors(runs, "blind")
+
+
+@claim(CONTROL, low=99, unit="%")
+def nobody_stands_a_large_eps(runs: SeedRuns) -> float:
+    """SAM hides no gradient: where eps is so large that nothing can stand, PGD breaks all"""
+    return 100 * float(network(runs, "sam")["pgd_error"][-1])
+
+
+@claim(CONTROL, high=0, unit="points")
+def gradients_are_not_hidden(runs: SeedRuns) -> float:
+    """Attacks without SAM's gradient break it no more often than PGD with it does: excess of
+    examples made on SGD's network, at any eps, and of Square at the small one, the larger"""
+    sam = network(runs, "sam")
+    square = sam.value("square_error") - sam.value("doubted_pgd_error")
+    return 100 * max(square, _largest_excess(sam, "transfer_error", "pgd_error"))
+
+
+@claim(CONTROL, high=2, unit="points")
+def judges_agree(runs: SeedRuns) -> float:
+    """Against SAM's network AutoAttack finds at most two points more than PGD with restarts: excess
+    at any judged eps"""
+    return 100 * _largest_excess(network(runs, "sam"), ROBUST, "pgd_error_judged")
+
+
+@claim(CONTROL, high=0, unit="points")
+def two_attacks_of_four_are_enough(runs: SeedRuns) -> float:
+    """Against SAM's network FAB-T and Square add nothing to AutoAttack's gradient attacks: excess
+    at the small eps"""
+    sam = network(runs, "sam")
+    return 100 * (sam.value("whole_error") - sam.value("doubted_autoattack_error"))
+
+
+@claim(CONTROL, high=2, unit="points")
+def steps_do_not_matter(runs: SeedRuns) -> float:
+    """Against SAM's network PGD with 50 steps and 5 restarts finds at most two points more than
+    with 10 steps: excess at any judged eps"""
+    return 100 * _largest_excess(network(runs, "sam"), "pgd_error_judged", "few_steps_error_judged")
+
+
+@claim(OURS, high=0.5)
+def far_from_adversarial_training(runs: SeedRuns) -> float:
+    """SAM is far from adversarial training: share of the way from SGD, in AutoAttack's errors at
+    the larger eps"""
     sgd, sam, adversarial = (
-        _at(network(result, seed, method), "autoattack_error", eps)
+        _at(network(runs, method), ROBUST, runs.config["judged_eps"][-1])
         for method in ("sgd", "sam", "adversarial")
     )
     return (sgd - sam) / (sgd - adversarial)
 
 
-SAM, PLAIN = ("sam",), ("sgd",)
-
 CLAIMS = [
-    Claim(
-        "sam-is-more-robust",
-        "SAM, which never saw an attack, is more robust than SGD: AutoAttack's errors at the small "
-        "eps, how many fewer",
-        ZHANG,
-        "points",
-        _points("autoattack_error", PLAIN, SAM),
-        Criterion(low=0.0),
-    ),
-    Claim(
-        "clean-accuracy-is-kept",
-        "It costs no clean accuracy: by how much SAM's test error is larger than SGD's",
-        ZHANG,
-        "points",
-        _points("natural_error", SAM, PLAIN),
-        Criterion(high=0.0),
-    ),
-    Claim(
-        "robustness-grows-with-rho",
-        "The larger the radius, the fewer errors under attack: how many fewer at the largest than "
-        "at the smallest",
-        HERE,
-        "points",
-        each_seed(_growth),
-        Criterion(low=0.0),
-    ),
-    Claim(
-        "at-equal-clean-accuracy",
-        "Also where its test error is SGD's, as it was trained on fewer examples: how many fewer",
-        HERE,
-        "points",
-        each_seed(_at_equal_accuracy),
-        Criterion(low=0.0),
-    ),
-    Claim(
-        "on-common-examples",
-        "Also among the examples that both classify rightly: how many fewer",
-        HERE,
-        "points",
-        each_seed(_on_common),
-        Criterion(low=0.0),
-    ),
-    Claim(
-        "in-the-euclidean-norm",
-        "Also against attacks in the Euclidean norm: how many fewer",
-        HERE,
-        "points",
-        _points("l2_autoattack_error", PLAIN, SAM),
-        Criterion(low=0.0),
-    ),
-    Claim(
-        "input-gradient-is-smaller",
-        "SAM's input gradient is smaller than SGD's: mean dual norm, ratio",
-        HERE,
-        "",
-        _ratio("input_gradient"),
-        Criterion(high=0.9),
-    ),
-    Claim(
-        "boundary-is-farther",
-        "That is not the scale of its logits: the distance to the boundary to first order, which "
-        "has no scale, is larger: median over the examples that are right, ratio",
-        HERE,
-        "",
-        _ratio("distance"),
-        Criterion(low=1.1),
-    ),
-    Claim(
-        "weights-are-not-shorter",
-        "Nor are its weights shorter than SGD's: norm, ratio",
-        CONTROL,
-        "",
-        _ratio("norm"),
-        Criterion(low=0.95),
-    ),
-    Claim(
-        "decay-does-less",
-        "Strong weight decay, which knows nothing of sharpness, does less: how many errors fewer "
-        "SAM has",
-        CONTROL,
-        "points",
-        _points("autoattack_error", ("decay",), SAM),
-        Criterion(low=0.0),
-    ),
-    Claim(
-        "decay-is-not-flatter",
-        "Nor is weight decay SAM in disguise, it ends sharper than SGD: sharpness, ratio",
-        CONTROL,
-        "",
-        _ratio("sharpness", "decay"),
-        Criterion(low=1.0),
-    ),
-    Claim(
-        "blind-does-less",
-        "A perturbation in random directions, at many times the radius, does less: how many errors "
-        "fewer SAM has",
-        CONTROL,
-        "points",
-        _points("autoattack_error", ("blind",), SAM),
-        Criterion(low=0.0),
-    ),
-    Claim(
-        "nobody-stands-a-large-eps",
-        "SAM hides no gradient: where eps is so large that nothing can stand, PGD breaks all",
-        CONTROL,
-        "%",
-        _within_sam(lambda run: float(run["pgd_error"][-1])),
-        Criterion(low=99.0),
-    ),
-    Claim(
-        "gradients-are-not-hidden",
-        "Attacks without its gradient break it no more often than its own PGD does: excess of "
-        "examples made on SGD's network, at any eps, and of Square at the small one, the larger",
-        CONTROL,
-        "points",
-        _within_sam(_without_gradient),
-        Criterion(high=0.0),
-    ),
-    Claim(
-        "judges-agree",
-        "AutoAttack finds at most two points more than PGD with restarts: excess at any judged eps",
-        CONTROL,
-        "points",
-        _within_sam(_largest("autoattack_error", "pgd_error_judged")),
-        Criterion(high=2.0),
-    ),
-    Claim(
-        "two-attacks-of-four-are-enough",
-        "FAB-T and Square add nothing to AutoAttack's gradient attacks: excess at the small eps",
-        CONTROL,
-        "points",
-        _within_sam(lambda run: float(run["whole_error"][0] - run["doubted_autoattack_error"][0])),
-        Criterion(high=0.0),
-    ),
-    Claim(
-        "steps-do-not-matter",
-        "50 steps and 5 restarts find at most two points more than 10 steps: excess at any judged "
-        "eps",
-        CONTROL,
-        "points",
-        _within_sam(_largest("pgd_error_judged", "few_steps_error_judged")),
-        Criterion(high=2.0),
-    ),
-    Claim(
-        "far-from-adversarial-training",
-        "SAM is far from adversarial training: share of the way from SGD, in AutoAttack's errors "
-        "at the larger eps",
-        HERE,
-        "",
-        each_seed(
-            lambda result, seed: share_of_the_way(result, seed, result.config["judged_eps"][-1])
-        ),
-        Criterion(high=0.5),
-    ),
+    sam_is_more_robust,
+    clean_accuracy_is_kept,
+    robustness_grows_with_rho,
+    at_equal_clean_accuracy,
+    on_common_examples,
+    in_the_euclidean_norm,
+    input_gradient_is_smaller,
+    boundary_is_farther,
+    weights_are_not_shorter,
+    decay_does_less,
+    decay_is_not_flatter,
+    blind_does_less,
+    nobody_stands_a_large_eps,
+    gradients_are_not_hidden,
+    judges_agree,
+    two_attacks_of_four_are_enough,
+    steps_do_not_matter,
+    far_from_adversarial_training,
 ]
 
 EXPERIMENT = Experiment(

@@ -18,31 +18,25 @@ With more examples an epoch has more steps, so that they have no less time to ov
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from sam_lab import data
 from sam_lab.adversarial import Threat, pgd, robust_accuracy
-from sam_lab.experiments import adversarial_sam, late_adversarial
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.robustness import two_judges
-from sam_lab.experiments.statistics import each_seed
-from sam_lab.experiments.switching import base
-from sam_lab.training import Training, step_decay
+from sam_lab.data import Dataset
+from sam_lab.experiments.inputs.robustness import two_judges
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.recipe import CIFAR, CIFAR_TENTH, DIGITS, Recipe
+from sam_lab.training import Phase, Training, step_decay
 
 __all__ = ["Config", "curves", "prepare", "rise", "run", "settings"]
 
-RICE = "Rice et al. 2020"
-HERE = "this book"
-
-WATCH = 10  # steps of the attack along the epochs
+LIGHT_STEPS = 10  # of the attack along the epochs
 
 
 @dataclass(frozen=True)
@@ -50,74 +44,83 @@ class Config:
     """What is run.
 
     Attributes:
-        task: data, network, training and judges, as in `adversarial_sam`; its schedules do not
-            hold, and nothing switches.
+        recipe: data, network and SGD.
+        eps, attack_steps: radius of the attack in the maximum norm, and its steps in training.
         examples: how many are trained on; the first is the base.
-        validation: examples, the last of the task's training set, that are not trained on.
+        validation: examples, the last of the recipe's training set, that are not trained on.
         rhos: radii of SAM around adversarial training.
         natural: whether there is training without attack.
         drops: shares of the epochs from which on the learning rate is a tenth of what it was.
         every: epochs from one measurement to the next.
+        n_autoattack: test examples that AutoAttack's two gradient attacks see.
     """
 
-    task: late_adversarial.Config
+    recipe: Recipe
+    eps: float = 0.1
+    attack_steps: int = 5
     examples: tuple[int, ...] = (1000, 2500)
     validation: int = 500
     rhos: tuple[float, ...] = (0.05,)
     natural: bool = True
     drops: tuple[float, ...] = (0.5, 0.75)
     every: int = 2
+    n_autoattack: int = 200
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
-    """Adversarial training, and what differs from it in one factor."""
-    base = {"examples": config.examples[0], "rho": 0.0, "attacked": True}
-    changed: list[dict[str, Any]] = [{"examples": n} for n in config.examples[1:]]
-    changed += [{"rho": rho} for rho in config.rhos]
-    changed += [{"attacked": False}] if config.natural else []
-    return [base, *({**base, **change} for change in changed)]
-
-
-def prepare(
-    config: Config, setting: dict[str, Any], seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Training, data.Dataset]:
-    """A run before its first epoch, and its data, validation examples among the training set.
-
-    Raises:
-        ValueError: more examples are asked for than there are beside those of the validation.
-    """
-    examples = setting["examples"]
-    if not 0 < examples <= config.task.train - config.validation:
-        raise ValueError(
-            f"examples must be at most {config.task.train} less {config.validation} of the "
-            f"validation, got {examples}"
-        )
-    about = adversarial_sam.Config(config.task, config.validation)
-    how = {
-        "rule": "sam",
-        "rho": setting["rho"],
-        "steps": config.task.steps if setting["attacked"] else 0,
-    }
-    training, found = adversarial_sam.prepare(about, how, seed, device)
-    training.x, training.y = found.x[:examples], found.y[:examples]
-    training.schedule = step_decay({at: 0.1**k for k, at in enumerate(config.drops, 1)})
-    return training, found
-
-
-ENDS = ("best", "last")
-WATCHED = (
-    *("natural_error", "robust_error", "train_natural_error", "train_robust_error"),
-    *("validation_natural_error", "validation_robust_error"),
+LAPTOP = Config(DIGITS.but(standardize="network"), n_autoattack=250)
+DESKTOP = Config(
+    CIFAR_TENTH.but(standardize="network", train=5500, epochs=15),
+    eps=4 / 255,
+    attack_steps=3,
+    examples=(5000,),
+    natural=False,
+)
+PAPER = Config(
+    CIFAR.but(standardize="network"),
+    eps=8 / 255,
+    attack_steps=10,
+    examples=(20_000, 49_000),
+    validation=1000,
+    n_autoattack=1000,
 )
 
 
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def settings(config: Config) -> list[Setting]:
+    """Adversarial training, and what differs from it in one factor."""
+    base = {"examples": config.examples[0], "rho": 0.0, "attacked": True}
+    return [
+        base,
+        *({**base, "examples": n} for n in config.examples[1:]),
+        *({**base, "rho": rho} for rho in config.rhos),
+        *([{**base, "attacked": False}] if config.natural else []),
+    ]
+
+
+def prepare(config: Config, cell: Cell) -> tuple[Training, Dataset]:
+    """A run before its first epoch, and its data, validation examples among the training set.
+
+    Raises:
+        ValueError: no validation examples, or more to train on than there are beside them.
+    """
+    recipe, examples = config.recipe, cell["examples"]
+    if not 0 < examples <= recipe.train - config.validation < recipe.train:
+        raise ValueError(
+            f"examples must be at most {recipe.train} less {config.validation} (1 or more) of the "
+            f"validation, got {examples}"
+        )
+    attack = None
+    if cell["attacked"]:
+        attack = partial(pgd, threat=Threat("linf", config.eps), steps=config.attack_steps)
+    return recipe.training(
+        cell.seed,
+        cell.device,
+        examples=examples,
+        phases=[Phase(0, recipe.epochs, cell["rho"], attack=attack)],
+        schedule=step_decay({at: 0.1**k for k, at in enumerate(config.drops, 1)}),
+    )
+
+
+def run(config: Config, cell: Cell) -> Columns:
     """One training, watched along its epochs.
 
     Returns:
@@ -127,57 +130,53 @@ def run(
         and of the last, in this order, `end_epoch` and `end_natural_error`, `end_pgd_error`,
         `end_pgd_error_judged`, `end_autoattack_error` as by `robustness.two_judges`.
     """
-    training, found = prepare(config, setting, seed, device)
-    task, model, threat = config.task, training.model, Threat("linf", config.task.eps)
-    attack = partial(pgd, threat=threat, steps=WATCH)
-    held = slice(-config.validation, None)
-    watched = {
-        "": (found.x_test, found.y_test),
-        "train_": (training.x[: task.measured], training.y[: task.measured]),
-        "validation_": (found.x[held], found.y[held]),
+    training, dataset = prepare(config, cell)
+    model, threat = training.model, Threat("linf", config.eps)
+    attack = partial(pgd, threat=threat, steps=LIGHT_STEPS)
+    held_out = slice(-config.validation, None)
+    parts = {
+        "": (dataset.x_test, dataset.y_test),
+        "train_": config.recipe.examined(training),
+        "validation_": (dataset.x[held_out], dataset.y[held_out]),
     }
-    chosen_by = f"validation_{'robust' if setting['attacked'] else 'natural'}_error"
-    columns: dict[str, list[float]] = {name: [] for name in ("epoch", *WATCHED)}
-    best: tuple[int, dict[str, Tensor]] = 0, {}
+    chosen_by = f"validation_{'robust' if cell['attacked'] else 'natural'}_error"
+    rows, ends = Rows(), Rows()
+    best_epoch, best_weights = 0, model.state_dict()
 
     def on_epoch() -> None:
-        nonlocal best
-        progress(training.epoch, training.epochs)
+        nonlocal best_epoch, best_weights
+        cell.tick(training.epoch, training.epochs)
         if training.epoch % config.every and training.epoch < training.epochs:
             return
-        for part, (x, y) in watched.items():
+        row = {"epoch": float(training.epoch)}
+        for part, (x, y) in parts.items():
             natural, robust = robust_accuracy(model, x, y, attack)
-            columns[f"{part}natural_error"].append(1 - natural)
-            columns[f"{part}robust_error"].append(1 - robust)
-        columns["epoch"].append(float(training.epoch))
-        *before, now = columns[chosen_by]
-        if now < min(before, default=2.0):
-            best = training.epoch, copy.deepcopy(model.state_dict())
+            row |= {f"{part}natural_error": 1 - natural, f"{part}robust_error": 1 - robust}
+        rows.add(**row)
+        *before, now = rows.columns[chosen_by]
+        if now < min(before, default=math.inf):
+            best_epoch, best_weights = training.epoch, copy.deepcopy(model.state_dict())
 
     training.run(on_epoch=on_epoch)
-    ends = {training.epochs: _judged(model, found, config, seed)}
-    if best[0] != training.epochs:
-        model.load_state_dict(best[1])
-        ends[best[0]] = _judged(model, found, config, seed)
-    for epoch in (best[0], training.epochs):
-        for name, value in {"epoch": float(epoch), **ends[epoch]}.items():
-            columns.setdefault(f"end_{name}", []).append(value)
-    return columns
-
-
-def _judged(model: nn.Module, found: data.Dataset, config: Config, seed: int) -> dict[str, float]:
-    task = config.task
-    return two_judges(
+    judge = partial(
+        two_judges,
         model,
-        found.x_test,
-        found.y_test,
-        Threat("linf", task.eps),
-        judged=task.judged,
-        seed=seed,
+        dataset.x_test,
+        dataset.y_test,
+        threat,
+        n_autoattack=config.n_autoattack,
+        seed=cell.seed,
     )
+    errors = {training.epochs: judge()}
+    if best_epoch < training.epochs:
+        model.load_state_dict(best_weights)
+        errors[best_epoch] = judge()
+    for epoch in (best_epoch, training.epochs):
+        ends.add(end_epoch=epoch, **{f"end_{name}": e for name, e in errors[epoch].items()})
+    return rows.columns | ends.columns
 
 
-# --- what the runs decide -------------------------------------------------------------------------
+# --- what the runs say ----------------------------------------------------------------------------
 
 
 def curves(result: Result, name: str, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +189,7 @@ def curves(result: Result, name: str, **changed: Any) -> tuple[np.ndarray, np.nd
     Returns:
         Epochs (T,); values (seeds, T).
     """
-    runs = [base(result, seed, **changed) for seed in result.seeds]
+    runs = [of_seed.base(**changed) for of_seed in result.by_seed()]
     return runs[0]["epoch"], np.array([run[name] for run in runs])
 
 
@@ -207,124 +206,81 @@ def rise(run: Run, name: str) -> float:
     return float(100 * (last - best))
 
 
-def _claims() -> list[Claim]:
-    def rises(name: str, **changed: Any) -> Callable[[Result], list[float]]:
-        return each_seed(lambda result, seed: rise(base(result, seed, **changed), name))
-
-    def more(changed: Callable[[Result], dict[str, Any]]) -> Callable[[Result], list[float]]:
-        """By how much the robust error rises more without the change."""
-        name = "end_pgd_error"
-        return each_seed(
-            lambda result, seed: (
-                rise(base(result, seed), name) - rise(base(result, seed, **changed(result)), name)
-            )
-        )
-
-    def sam(result: Result) -> dict[str, Any]:
-        return {"rho": result.config["rhos"][0]}
-
-    def stopped(result: Result, seed: int) -> float:
-        plain, other = base(result, seed), base(result, seed, **sam(result))
-        name = "end_autoattack_error"
-        return 100 * (float(plain[name][0]) - float(other[name][1]))
-
-    return [
-        Claim(
-            "last-is-less-robust",
-            "The last epoch of adversarial training is less robust than the best: by how much its "
-            "error under PGD is larger",
-            RICE,
-            "points",
-            rises("end_pgd_error"),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "the-other-judge-agrees",
-            "The same under AutoAttack",
-            "control",
-            "points",
-            rises("end_autoattack_error"),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "training-error-hides-it",
-            "On training examples the robust error falls meanwhile: by how much it is larger",
-            RICE,
-            "points",
-            rises("train_robust_error"),
-            Criterion(high=0.0),
-        ),
-        Claim(
-            "natural-error-hides-it",
-            "The natural test error does not rise: by how much it is larger",
-            RICE,
-            "points",
-            rises("end_natural_error"),
-            Criterion(high=0.0),
-        ),
-        Claim(
-            "best-is-after-the-first-drop",
-            "The best epoch lies between the first drop of the learning rate and the second: share "
-            "of the epochs",
-            RICE,
-            "",
-            each_seed(
-                lambda result, seed: (
-                    base(result, seed)["end_epoch"][0] / base(result, seed)["end_epoch"][1]
-                )
-            ),
-            Criterion(0.5, 0.75),
-        ),
-        Claim(
-            "natural-training-does-not",
-            "Training without attack does not overfit in this way: by how much its natural error "
-            "is larger at the last epoch than at its best",
-            RICE,
-            "points",
-            rises("end_natural_error", attacked=False),
-            Criterion(high=0.5),
-        ),
-        Claim(
-            "more-data-helps",
-            "With more examples the robust error rises less: by how much",
-            HERE,
-            "points",
-            more(lambda result: {"examples": result.config["examples"][-1]}),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "sam-helps",
-            "With SAM around it the robust error rises less: by how much",
-            "Wu et al. 2020, with SAM's ball",
-            "points",
-            more(sam),
-            Criterion(low=0.0),
-        ),
-        Claim(
-            "stopping-is-as-good",
-            "The best epoch without SAM is about as robust as the last with it: by how much its "
-            "error under AutoAttack is larger",
-            RICE,
-            "points",
-            each_seed(stopped),
-            Criterion(high=1.0),
-        ),
-    ]
+def _with_sam(runs: SeedRuns) -> Run:
+    return runs.base(rho=runs.config["rhos"][0])
 
 
-LAPTOP = Config(
-    dataclasses.replace(adversarial_sam.LAPTOP.task, epochs=40, judged=250, schedules=("constant",))
-)
-DESKTOP = Config(
-    dataclasses.replace(adversarial_sam.DESKTOP.task, train=5500, schedules=("constant",)),
-    examples=(5000,),
-    natural=False,
-)
-PAPER = Config(
-    dataclasses.replace(adversarial_sam.PAPER.task, schedules=("constant",)),
-    examples=(20_000, 49_000),
-    validation=1000,
-)
+# --- what the runs decide -------------------------------------------------------------------------
+
+RICE = Source("Rice et al. 2020", "after")
+
+
+@claim(RICE, low=0, unit="points", headline=True)
+def last_is_less_robust(runs: SeedRuns) -> float:
+    """The last epoch of adversarial training is less robust than the best: by how much its error
+    under PGD is larger"""
+    return rise(runs.base(), "end_pgd_error")
+
+
+@claim(CONTROL, low=0, unit="points")
+def the_other_judge_agrees(runs: SeedRuns) -> float:
+    """AutoAttack too finds the last epoch of adversarial training less robust than the best: by how
+    much its error is larger"""
+    return rise(runs.base(), "end_autoattack_error")
+
+
+@claim(RICE, high=0, unit="points")
+def training_error_hides_it(runs: SeedRuns) -> float:
+    """On training examples the robust error falls from the best epoch of adversarial training to
+    the last: by how much it is larger"""
+    return rise(runs.base(), "train_robust_error")
+
+
+@claim(RICE, high=0, unit="points")
+def natural_error_hides_it(runs: SeedRuns) -> float:
+    """The natural test error does not rise from the best epoch of adversarial training to the last:
+    by how much it is larger"""
+    return rise(runs.base(), "end_natural_error")
+
+
+@claim(RICE, 0.5, 0.75)
+def best_is_after_the_first_drop(runs: SeedRuns) -> float:
+    """The best epoch of adversarial training lies between the first drop of the learning rate and
+    the second: share of the epochs"""
+    best, last = runs.base()["end_epoch"]
+    return float(best / last)
+
+
+@claim(RICE, high=0.5, unit="points")
+def natural_training_does_not(runs: SeedRuns) -> float:
+    """Training without attack does not overfit in this way: by how much its natural error is larger
+    at the last epoch than at its best"""
+    return rise(runs.base(attacked=False), "end_natural_error")
+
+
+@claim(OURS, low=0, unit="points")
+def more_data_helps(runs: SeedRuns) -> float:
+    """With more examples the robust error rises less from the best epoch to the last: by how
+    much"""
+    more = runs.base(examples=runs.config["examples"][-1])
+    return rise(runs.base(), "end_pgd_error") - rise(more, "end_pgd_error")
+
+
+@claim(Source("Wu et al. 2020, with SAM's ball", "after"), low=0, unit="points")
+def sam_helps(runs: SeedRuns) -> float:
+    """With SAM around adversarial training the robust error rises less from the best epoch to the
+    last: by how much"""
+    return rise(runs.base(), "end_pgd_error") - rise(_with_sam(runs), "end_pgd_error")
+
+
+@claim(RICE, high=1, unit="points")
+def stopping_is_as_good(runs: SeedRuns) -> float:
+    """Adversarial training without SAM is at its best epoch about as robust as with SAM at its
+    last: by how much its error under AutoAttack is larger"""
+    best, _ = runs.base()["end_autoattack_error"]
+    _, last = _with_sam(runs)["end_autoattack_error"]
+    return float(100 * (best - last))
+
 
 EXPERIMENT = Experiment(
     name="robust_overfitting",
@@ -333,5 +289,15 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
     settings=settings,
     run=run,
-    claims=_claims(),
+    claims=[
+        last_is_less_robust,
+        the_other_judge_agrees,
+        training_error_hides_it,
+        natural_error_hides_it,
+        best_is_after_the_first_drop,
+        natural_training_does_not,
+        more_data_helps,
+        sam_helps,
+        stopping_is_as_good,
+    ],
 )

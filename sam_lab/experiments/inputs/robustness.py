@@ -39,11 +39,11 @@ def two_judges(
     y: Tensor,
     threat: Threat,
     *,
-    judged: int,
+    n_autoattack: int,
     attacks: Sequence[str] = GRADIENT_ATTACKS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Share of errors by PGD on all examples, and by both judges on the first `judged`.
+    """Share of errors by PGD on all examples, and by both judges on the first `n_autoattack`.
 
     Args:
         model: ``model(x)`` gives logits; x are images (N, C, H, W) in [0, 1].
@@ -51,19 +51,19 @@ def two_judges(
 
     Returns:
         `natural_error` and `pgd_error` on all N; `pgd_error_judged` and `autoattack_error` on the
-        first `judged`. The last is the one to believe.
+        first `n_autoattack`. The last is the one to believe.
     """
-    few = slice(judged)
+    few = slice(n_autoattack)
     attack = strong(threat)
     natural, robust = robust_accuracy(model, x, y, attack)
-    found = {"natural_error": 1 - natural, "pgd_error": 1 - robust}
+    errors = {"natural_error": 1 - natural, "pgd_error": 1 - robust}
     judges: dict[str, Attack] = {
         "pgd_error_judged": attack,
         "autoattack_error": partial(autoattack, threat=threat, attacks=attacks, seed=seed),
     }
     for name, judge in judges.items():
-        found[name] = 1 - robust_accuracy(model, x[few], y[few], judge)[1]
-    return found
+        errors[name] = 1 - robust_accuracy(model, x[few], y[few], judge)[1]
+    return errors
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, norm: str = "linf") -> float:
