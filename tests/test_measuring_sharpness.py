@@ -206,6 +206,7 @@ def test_the_same_seed_gives_the_same_columns(runs):
     assert run_of(setting, 1, **again) == runs.one(**setting)
 
 
+@pytest.mark.slow
 def test_the_paper_preset_measures_cifar(real_data):
     few = dataclasses.replace(
         study.PRESETS["paper"], train=20, probes=4, trials=3, relu_steps=2, factors=(1.0, 2.0)
