@@ -20,7 +20,7 @@ import torch
 
 import sam_lab
 from sam_lab.curvature import ConvergenceWarning
-from sam_lab.experiments.result import plain, seal, unseal, write_whole
+from sam_lab.experiments.lab.result import plain, seal, unseal, write_whole
 
 RESULTS = Path("book") / "results"
 

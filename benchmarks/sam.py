@@ -35,7 +35,7 @@ from torch.autograd.profiler import profile, record_function
 
 from benchmarks.common import Benchmark, quiet, say, seconds, version_of
 from sam_lab import SAM, _optional, models
-from sam_lab.experiments.claims import Table
+from sam_lab.experiments.lab.table import Table
 from sam_lab.perturbations import asam
 
 RHO = 0.05
