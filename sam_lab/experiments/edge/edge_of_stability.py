@@ -32,6 +32,7 @@ from sam_lab.experiments.lab.claims import CONTROL, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.lab.statistics import farthest_from_one, second_half, second_half_median
+from sam_lab.objective import Closure
 from sam_lab.stability import gd_edge
 from sam_lab.tracker import SharpnessTracker
 from sam_lab.training import LossFn, squared_error
@@ -134,7 +135,7 @@ def problem(
     device: torch.device | str = "cpu",
     loss: str = "mse",
     activation: str = "tanh",
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
+) -> tuple[Closure, list[Tensor]]:
     """The loss, a closure, and the parameters (initialised from `seed`) of one run.
 
     Images are standardised by `data.standardize`.
@@ -152,9 +153,7 @@ def problem(
     return lambda: losses[loss](model(x), dataset.y), list(model.parameters())
 
 
-def loss_and_gradient(
-    closure: Callable[[], Tensor], params: Sequence[Tensor]
-) -> tuple[float, Tensor]:
+def loss_and_gradient(closure: Closure, params: Sequence[Tensor]) -> tuple[float, Tensor]:
     """The loss and its gradient as one flat vector (P,)."""
     loss = closure()
     grads = torch.autograd.grad(loss, params)
@@ -169,7 +168,7 @@ def move(params: Sequence[Tensor], step: Tensor) -> None:
 
 
 def descend(
-    closure: Callable[[], Tensor],
+    closure: Closure,
     params: list[Tensor],
     lr: float,
     steps: int,

@@ -29,6 +29,7 @@ from sam_lab.experiments.edge.measuring_sharpness import network
 from sam_lab.experiments.lab.claims import Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Study
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
+from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule, asam, random_direction, sam
 from sam_lab.sam import SAM
 from sam_lab.training import evaluate, squared_error
@@ -175,14 +176,14 @@ def epochs(
         yield epoch, model
 
 
-def loss_on(model: nn.Module, dataset: data.Dataset, part: Tensor) -> Callable[[], Tensor]:
+def loss_on(model: nn.Module, dataset: data.Dataset, part: Tensor) -> Closure:
     """The loss on the training images with these indices, as a closure."""
     part = part.to(dataset.x.device)
     x, y = dataset.x[part], dataset.y[part]
     return lambda: squared_error(model(x), y)
 
 
-def measured_loss(task: Task, dataset: data.Dataset, model: nn.Module) -> Callable[[], Tensor]:
+def measured_loss(task: Task, dataset: data.Dataset, model: nn.Module) -> Closure:
     """The loss on the first `task.measured` training images."""
     return loss_on(model, dataset, torch.arange(task.measured))
 

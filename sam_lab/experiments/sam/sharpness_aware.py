@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ from sam_lab.experiments.lab.experiment import Cell, Experiment, Studies, Study
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.sam import methods
 from sam_lab.experiments.sam.methods import PROBES, build, epochs, load, measured_loss
-from sam_lab.objective import Objective
+from sam_lab.objective import Closure, Objective
 from sam_lab.perturbations import Rule, asam, sam
 from sam_lab.sam import SAM
 from sam_lab.training import descend, squared_error
@@ -130,11 +130,7 @@ def moved(params: Sequence[Tensor], offset: Tensor) -> Iterator[None]:
 
 
 def ascend(
-    closure: Callable[[], Tensor],
-    params: Sequence[Tensor],
-    radius: float,
-    start: Tensor,
-    steps: int,
+    closure: Closure, params: Sequence[Tensor], radius: float, start: Tensor, steps: int
 ) -> tuple[float, Tensor]:
     """Projected gradient ascent on the loss over the ball of this radius around the weights.
 
@@ -162,9 +158,7 @@ def ascend(
     return best
 
 
-def sharpness_gradient(
-    closure: Callable[[], Tensor], params: Sequence[Tensor], v: Tensor
-) -> Tensor:
+def sharpness_gradient(closure: Closure, params: Sequence[Tensor], v: Tensor) -> Tensor:
     """The gradient (P,) of the sharpness, for its unit eigenvector v (P,).
 
     That of v.Hv with v held fixed, by differentiating the loss three times. While the largest
@@ -289,9 +283,7 @@ def one_step(config: Config, cell: Cell) -> Columns:
     return rows.columns
 
 
-def _single_steps(
-    config: Config, model: nn.Module, closure: Callable[[], Tensor]
-) -> Iterator[dict[str, float]]:
+def _single_steps(config: Config, model: nn.Module, closure: Closure) -> Iterator[dict[str, float]]:
     """What a checkpoint holds, a row a learning rate and radius."""
     params = list(model.parameters())
     H = Hessian(closure, params)
