@@ -17,9 +17,10 @@ The loss "mse" is 0.5 * sum over outputs, mean over examples (the convention of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,13 +28,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_lab import data, models
-from sam_lab.experiments.core import Claim, Criterion, Experiment, Result, Run
-from sam_lab.experiments.statistics import each_seed, farthest_from_one, late, late_median
+from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import farthest_from_one, second_half, second_half_median
+from sam_lab.objective import Closure
 from sam_lab.stability import gd_edge
 from sam_lab.tracker import SharpnessTracker
+from sam_lab.training import LossFn, squared_error
 
-COHEN = "Cohen et al. 2021"
-DAMIAN = "Damian et al. 2022"
+__all__ = [
+    "CLAIMS",
+    "EXPERIMENT",
+    "LAPTOP",
+    "PAPER",
+    "Config",
+    "branches",
+    "clock",
+    "control",
+    "descend",
+    "loss_and_gradient",
+    "main_runs",
+    "move",
+    "problem",
+    "ratio",
+]
+
+# What these papers say, as we read them. The criteria were set after pilots at other settings.
+COHEN = Source("Cohen et al. 2021", "after")
+DAMIAN = Source("Damian et al. 2022", "after")
 
 
 @dataclass(frozen=True)
@@ -90,10 +113,10 @@ PAPER = Config(
 )
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
+def settings(config: Config) -> list[Setting]:
     """The main runs, the two branches and the three controls."""
 
-    def one(path: str, loss: str, activation: str, lr: float) -> dict[str, Any]:
+    def one(path: str, loss: str, activation: str, lr: float) -> Setting:
         return {"path": path, "loss": loss, "activation": activation, "lr": lr}
 
     main = [one("gd", "mse", "tanh", lr) for lr in config.lrs]
@@ -112,35 +135,25 @@ def problem(
     device: torch.device | str = "cpu",
     loss: str = "mse",
     activation: str = "tanh",
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """The loss closure and the parameters (initialised from `seed`) of one run.
+) -> tuple[Closure, list[Tensor]]:
+    """The loss, a closure, and the parameters (initialised from `seed`) of one run.
 
     Images are standardised by `data.standardize`.
 
     Raises:
         ValueError: an unknown loss, activation or data set.
     """
-    images = data.load(config.data, train=config.images, seed=seed, device=device)
-    x = data.standardize(images.x.flatten(1))
-    sizes = (x.shape[1], *config.hidden, images.classes)
-    model = models.mlp(sizes, activation, seed=seed, device=device)
-    if loss == "mse":
-        target = data.one_hot(images.y, images.classes).to(x.dtype)
-
-        def closure() -> Tensor:
-            return 0.5 * (model(x) - target).square().sum(1).mean()
-
-    elif loss == "cross-entropy":
-
-        def closure() -> Tensor:
-            return F.cross_entropy(model(x), images.y)
-
-    else:
+    losses: dict[str, LossFn] = {"mse": squared_error, "cross-entropy": F.cross_entropy}
+    if loss not in losses:
         raise ValueError(f'loss must be "mse" or "cross-entropy", got {loss!r}')
-    return closure, list(model.parameters())
+    dataset = data.load(config.data, train=config.images, seed=seed, device=device)
+    x = data.standardize(dataset.x.flatten(1))
+    sizes = (x.shape[1], *config.hidden, dataset.classes)
+    model = models.mlp(sizes, activation, seed=seed, device=device)
+    return lambda: losses[loss](model(x), dataset.y), list(model.parameters())
 
 
-def gradient(closure: Callable[[], Tensor], params: list[Tensor]) -> tuple[float, Tensor]:
+def loss_and_gradient(closure: Closure, params: Sequence[Tensor]) -> tuple[float, Tensor]:
     """The loss and its gradient as one flat vector (P,)."""
     loss = closure()
     grads = torch.autograd.grad(loss, params)
@@ -148,14 +161,14 @@ def gradient(closure: Callable[[], Tensor], params: list[Tensor]) -> tuple[float
 
 
 @torch.no_grad()
-def move(params: list[Tensor], step: Tensor) -> None:
+def move(params: Sequence[Tensor], step: Tensor) -> None:
     """Add the flat vector `step` (P,) to the parameters, in place."""
     for param, part in zip(params, step.split([p.numel() for p in params]), strict=True):
         param += part.view_as(param)
 
 
 def descend(
-    closure: Callable[[], Tensor],
+    closure: Closure,
     params: list[Tensor],
     lr: float,
     steps: int,
@@ -165,8 +178,8 @@ def descend(
     blocked: int = 0,
     tol: float = 1e-2,
     stop: Callable[[float], bool] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Columns:
     """Gradient descent with the sharpness measured every `every` steps.
 
     Args:
@@ -176,6 +189,7 @@ def descend(
         blocked: number of top eigenvectors taken out of each step (measured before each, then).
         tol: largest relative residual of the eigenpairs.
         stop: ends the run after a measurement whose sharpness it says yes to.
+        tick: told after each step how many are done, and of how many.
 
     Returns:
         Columns, one entry a measurement: ``step``, ``loss``, ``sharpness`` (top Hessian
@@ -187,39 +201,34 @@ def descend(
         FloatingPointError: when the loss stops being finite.
     """
     tracker = SharpnessTracker(closure, params, k=max(1, blocked), tol=tol)
-    names = ("step", "loss", "sharpness", "residual", "along", "next_along", "rises")
-    columns: dict[str, list[float]] = {name: [] for name in names}
-    before, rises, top = float("inf"), 0, torch.empty(0)
+    rows, measured, top = Rows(), -1, torch.empty(0)  # measured: the step of the last row
+    before, rises = math.inf, 0
     for step in range(steps + 1):
-        measured = blocked > 0 or step % every == 0 or step == steps
-        if measured:  # loss and gradient come with the measurement
-            pairs = tracker.measure()
+        due = step % every == 0 or step == steps
+        pairs = tracker.measure() if due or blocked else None
+        if pairs is None:
+            loss, grad = loss_and_gradient(closure, params)
+        else:  # loss and gradient come with the measurement
             loss, grad = tracker.hessian.loss(), tracker.hessian.gradient()
-        else:
-            pairs = None
-            loss, grad = gradient(closure, params)
-        if not np.isfinite(loss):
+        if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} after {step} steps of lr={lr:g}")
         rises += loss > before
         before = loss
-        if columns["step"] and columns["step"][-1] == step - 1:
-            columns["next_along"][-1] = float(top @ grad)
-        if pairs is not None and (step % every == 0 or step == steps):
-            top = pairs.vectors[:, 0]
-            since = step - columns["step"][-1] if columns["step"] else 1
-            row = (
-                step,
-                loss,
-                float(pairs.values[0]),
-                float(pairs.residuals[0]),
-                float(top @ grad),
-                float("nan"),
-                rises / since,
+        if step and measured == step - 1:
+            rows.columns["next_along"][-1] = float(top @ grad)
+        if pairs is not None and due:
+            top, sharpness = pairs.vectors[:, 0], float(pairs.values[0])
+            rows.add(
+                step=step,
+                loss=loss,
+                sharpness=sharpness,
+                residual=float(pairs.residuals[0]),
+                along=float(top @ grad),
+                next_along=math.nan,
+                rises=rises / (step - measured),
             )
-            rises = 0
-            for name, value in zip(names, row, strict=True):
-                columns[name].append(value)
-            if stop is not None and stop(row[2]):
+            measured, rises = step, 0
+            if stop is not None and stop(sharpness):
                 break
         if step == steps:
             break
@@ -227,138 +236,164 @@ def descend(
             grad = grad - pairs.vectors @ (pairs.vectors.T @ grad)
         move(params, -lr / substeps * grad)
         for _ in range(substeps - 1):
-            move(params, -lr / substeps * gradient(closure, params)[1])
-        progress(step + 1, steps)
-    return columns
+            move(params, -lr / substeps * loss_and_gradient(closure, params)[1])
+        tick(step + 1, steps)
+    return rows.columns
 
 
-def run(
-    config: Config,
-    setting: dict[str, Any],
-    seed: int,
-    device: torch.device | str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[float]]:
+def run(config: Config, cell: Cell) -> Columns:
     """One run. Columns as `descend` gives them; ``step`` counts from the initialisation."""
-    lr, path = setting["lr"], setting["path"]
-    main = setting["loss"] == "mse" and setting["activation"] == "tanh"
+    lr, path = cell["lr"], cell["path"]
+    main = cell["loss"] == "mse" and cell["activation"] == "tanh"
     steps = round((config.time if main else config.control_time) / lr)
     steps = min(steps, round(config.time / min(config.lrs)))
-    closure, params = problem(config, seed, device, setting["loss"], setting["activation"])
+    closure, params = problem(config, cell.seed, cell.device, cell["loss"], cell["activation"])
+    go_on = partial(descend, closure, params, lr, every=config.every, tol=config.tol)
     if path == "gd":
-        return descend(
-            closure, params, lr, steps, every=config.every, tol=config.tol, progress=progress
-        )
-    trunk = descend(
-        closure,
-        params,
-        lr,
-        steps,
-        every=config.every,
-        tol=config.tol,
-        stop=lambda sharpness: sharpness >= gd_edge(lr),
-    )
-    branch = descend(
-        closure,
-        params,
-        lr,
+        return go_on(steps, tick=cell.tick)
+    trunk = go_on(steps, stop=lambda sharpness: sharpness >= gd_edge(lr))
+    branch = go_on(
         round(config.branch_time / lr),
-        every=config.every,
         substeps=config.substeps if path == "flow" else 1,
         blocked=config.blocked if path == "blocked" else 0,
-        tol=config.tol,
-        progress=progress,
+        tick=cell.tick,
     )
     branch["step"] = [trunk["step"][-1] + step for step in branch["step"]]
     return branch
 
 
+# --- what a run says -----------------------------------------------------------------------------
+
+
+def main_runs(runs: SeedRuns) -> list[Run]:
+    """The runs of `config.lrs`, tanh and mse."""
+    return [runs.one(path="gd", loss="mse", activation="tanh", lr=lr) for lr in runs.config["lrs"]]
+
+
+def control(runs: SeedRuns, name: str) -> Run:
+    """The control "small_lr", "relu_lr" or "cross_entropy_lr"."""
+    loss = "cross-entropy" if name == "cross_entropy_lr" else "mse"
+    activation = "relu" if name == "relu_lr" else "tanh"
+    return runs.one(path="gd", loss=loss, activation=activation, lr=runs.config[name])
+
+
+def branches(runs: SeedRuns) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps, and the sharpness there of "gd", "flow" and "blocked"."""
+    lr = runs.config["branch_lr"]
+    chosen = {
+        path: runs.one(path=path, loss="mse", activation="tanh", lr=lr)
+        for path in ("gd", "flow", "blocked")
+    }
+    common = [set(run["step"]) for run in chosen.values()]
+    steps = np.array(sorted(set.intersection(*common)))
+    return steps, {
+        path: run["sharpness"][np.isin(run["step"], steps)] for path, run in chosen.items()
+    }
+
+
+def clock(run: Run) -> np.ndarray:
+    """Learning rate x step at each measurement: the time of gradient flow."""
+    return run.settings["lr"] * run["step"]
+
+
+def ratio(run: Run) -> np.ndarray:
+    """Sharpness over 2/lr at each measurement."""
+    return run["sharpness"] / gd_edge(run.settings["lr"])
+
+
 # --- what the runs decide ------------------------------------------------------------------------
 
 
-def main_runs(result: Result, seed: int) -> list[Run]:
-    """The runs of `config.lrs`, tanh and mse, of one seed."""
-    return [
-        result.select(path="gd", loss="mse", activation="tanh", lr=lr, seed=seed)[0]
-        for lr in result.config["lrs"]
-    ]
+@claim(COHEN, low=2.0, id="progressive sharpening", headline=True)
+def progressive_sharpening(runs: SeedRuns) -> float:
+    """Gradient descent raises the sharpness: its largest value over its initial one, at the
+    smallest main learning rate"""
+    sharpness = main_runs(runs)[0]["sharpness"]
+    return float(sharpness.max() / sharpness[0])
 
 
-def control(result: Result, name: str, seed: int) -> Run:
-    """The control "small_lr", "relu_lr" or "cross_entropy_lr" of one seed."""
-    loss = "cross-entropy" if name == "cross_entropy_lr" else "mse"
-    activation = "relu" if name == "relu_lr" else "tanh"
-    lr = result.config[name]
-    return result.select(path="gd", loss=loss, activation=activation, lr=lr, seed=seed)[0]
+@claim(COHEN, 0.9, 1.15, id="hovers at 2/lr", headline=True)
+def hovers(runs: SeedRuns) -> float:
+    """In the second half of training the sharpness hovers at 2/lr: its median over 2/lr, at the
+    learning rate where that is farthest from 1"""
+    return farthest_from_one(second_half_median(ratio(run)) for run in main_runs(runs))
 
 
-def branches(result: Result, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Steps, and the sharpness there of "gd", "flow" and "blocked", for one seed."""
-    lr = result.config["branch_lr"]
-    chosen = {
-        path: result.select(path=path, loss="mse", activation="tanh", lr=lr, seed=seed)[0]
-        for path in ("gd", "flow", "blocked")
-    }
-    common = [set(one["step"]) for one in chosen.values()]
-    steps = np.array(sorted(set.intersection(*common)))
-    return steps, {
-        path: one["sharpness"][np.isin(one["step"], steps)] for path, one in chosen.items()
-    }
+@claim(COHEN, low=0.1, id="not monotone")
+def not_monotone(runs: SeedRuns) -> float:
+    """At the edge the loss rises on many single steps: share of them in the second half, at the
+    learning rate where it is smallest"""
+    return min(float(second_half(run["rises"]).mean()) for run in main_runs(runs))
 
 
-def clock(one: Run) -> np.ndarray:
-    """Learning rate x step at each measurement: the time of gradient flow."""
-    return one.settings["lr"] * one["step"]
+@claim(COHEN, high=0.8, id="falls in the long run", headline=True)
+def falls_in_the_long_run(runs: SeedRuns) -> float:
+    """At the edge the loss falls in the long run all the same: final loss over loss at half time,
+    at the learning rate where it falls least"""
+    losses = [run["loss"] for run in main_runs(runs)]
+    return max(float(loss[-1] / loss[len(loss) // 2]) for loss in losses)
 
 
-def ratio(one: Run) -> np.ndarray:
-    """Sharpness over 2/lr at each measurement."""
-    return one["sharpness"] / gd_edge(one.settings["lr"])
+@claim(DAMIAN, low=0.8, id="oscillates along v1")
+def oscillates_along_top(runs: SeedRuns) -> float:
+    """At the edge gradient descent oscillates along the top eigenvector: share of steps, in the
+    second half, on which the gradient's component along it changes sign, at the learning rate where
+    it is smallest"""
+    products = [run["along"][:-1] * run["next_along"][:-1] for run in main_runs(runs)]
+    return min(float(second_half(product < 0).mean()) for product in products)
 
 
-def _sharpening(result: Result, seed: int) -> float:
-    sharpness = main_runs(result, seed)[0]["sharpness"]
-    return sharpness.max() / sharpness[0]
-
-
-def _farthest_hover(result: Result, seed: int) -> float:
-    hovers = [late_median(ratio(one)) for one in main_runs(result, seed)]
-    return farthest_from_one(hovers)
-
-
-def _rises(result: Result, seed: int) -> float:
-    return min(late(one["rises"]).mean() for one in main_runs(result, seed))
-
-
-def _long_run(result: Result, seed: int) -> float:
-    def fall(one: Run) -> float:
-        return one["loss"][-1] / one["loss"][len(one["loss"]) // 2]
-
-    return max(fall(one) for one in main_runs(result, seed))
-
-
-def _flips(result: Result, seed: int) -> float:
-    runs = main_runs(result, seed)
-    flips = [late(one["along"][:-1] * one["next_along"][:-1] < 0).mean() for one in runs]
-    return min(flips)
-
-
-def _faded(result: Result, seed: int) -> float:
-    sharpness = control(result, "cross_entropy_lr", seed)["sharpness"]
-    return sharpness[-1] / sharpness.max()
-
-
-def _past_the_edge(result: Result, seed: int) -> float:
-    _, sharpness = branches(result, seed)
-    edge = gd_edge(result.config["branch_lr"])
+@claim(DAMIAN, low=0.1, id="oscillation holds sharpness down", headline=True)
+def oscillation_holds_sharpness_down(runs: SeedRuns) -> float:
+    """Without the oscillation (top eigenvectors taken out of each step) the sharpness goes on
+    rising: excess over ordinary gradient descent in the branch's last quarter, over 2/lr"""
+    _, sharpness = branches(runs)
     excess = sharpness["blocked"] - sharpness["gd"]
-    return np.median(excess[3 * len(excess) // 4 :]) / edge
+    return float(np.median(excess[3 * len(excess) // 4 :])) / gd_edge(runs.config["branch_lr"])
 
 
-def _blocked_is_flow(result: Result, seed: int) -> float:
-    _, sharpness = branches(result, seed)
-    return np.abs(sharpness["blocked"] / sharpness["flow"] - 1).max()
+@claim(DAMIAN, high=0.05, id="blocked follows flow")
+def blocked_follows_flow(runs: SeedRuns) -> float:
+    """Without the oscillation, gradient descent follows the sharpness of gradient flow: largest
+    relative difference along the branch"""
+    _, sharpness = branches(runs)
+    return float(np.abs(sharpness["blocked"] / sharpness["flow"] - 1).max())
 
+
+@claim(CONTROL, high=0.5, id="small lr stays below")
+def small_lr_stays_below(runs: SeedRuns) -> float:
+    """With a small learning rate the edge is not reached in as many steps as the longest main run
+    has: largest sharpness over 2/lr"""
+    return float(ratio(control(runs, "small_lr")).max())
+
+
+@claim(CONTROL, high=0.9, id="ReLU saturates", headline=True)
+def relu_saturates(runs: SeedRuns) -> float:
+    """A ReLU network's sharpness stops rising before it reaches the edge: its largest value over
+    2/lr"""
+    return float(ratio(control(runs, "relu_lr")).max())
+
+
+@claim(COHEN, high=0.5, id="cross-entropy falls at the end")
+def cross_entropy_falls(runs: SeedRuns) -> float:
+    """With cross-entropy the sharpness falls once the images are fitted: final value over its
+    largest"""
+    sharpness = control(runs, "cross_entropy_lr")["sharpness"]
+    return float(sharpness[-1] / sharpness.max())
+
+
+CLAIMS = [
+    progressive_sharpening,
+    hovers,
+    not_monotone,
+    falls_in_the_long_run,
+    oscillates_along_top,
+    oscillation_holds_sharpness_down,
+    blocked_follows_flow,
+    small_lr_stays_below,
+    relu_saturates,
+    cross_entropy_falls,
+]
 
 EXPERIMENT = Experiment(
     name="edge_of_stability",
@@ -367,98 +402,5 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "paper": PAPER},
     settings=settings,
     run=run,
-    claims=[
-        Claim(
-            "progressive sharpening",
-            "Gradient descent raises the sharpness: its largest value over its initial one, at the "
-            "smallest main learning rate",
-            COHEN,
-            "",
-            each_seed(_sharpening),
-            Criterion(low=2.0),
-        ),
-        Claim(
-            "hovers at 2/lr",
-            "In the second half of training the sharpness hovers at 2/lr: its median over 2/lr, at "
-            "the learning rate where that is farthest from 1",
-            COHEN,
-            "",
-            each_seed(_farthest_hover),
-            Criterion(0.9, 1.15),
-        ),
-        Claim(
-            "not monotone",
-            "At the edge the loss rises on many single steps: share of them in the second half, at "
-            "the learning rate where it is smallest",
-            COHEN,
-            "",
-            each_seed(_rises),
-            Criterion(low=0.1),
-        ),
-        Claim(
-            "falls in the long run",
-            "Yet the loss falls in the long run: final loss over loss at half time, at the "
-            "learning rate where it falls least",
-            COHEN,
-            "",
-            each_seed(_long_run),
-            Criterion(high=0.8),
-        ),
-        Claim(
-            "oscillates along v1",
-            "The oscillation is along the top eigenvector: share of steps, in the second half, on "
-            "which the gradient's component along it changes sign, at the learning rate where it "
-            "is smallest",
-            DAMIAN,
-            "",
-            each_seed(_flips),
-            Criterion(low=0.8),
-        ),
-        Claim(
-            "oscillation holds sharpness down",
-            "Without the oscillation (top eigenvectors taken out of each step) the sharpness goes "
-            "on rising: excess over ordinary gradient descent in the branch's last quarter, over "
-            "2/lr",
-            DAMIAN,
-            "",
-            each_seed(_past_the_edge),
-            Criterion(low=0.1),
-        ),
-        Claim(
-            "blocked follows flow",
-            "Without the oscillation, gradient descent follows the sharpness of gradient flow: "
-            "largest relative difference along the branch",
-            DAMIAN,
-            "",
-            each_seed(_blocked_is_flow),
-            Criterion(high=0.05),
-        ),
-        Claim(
-            "small lr stays below",
-            "With a small learning rate the edge is not reached in as many steps: largest "
-            "sharpness over 2/lr",
-            "control",
-            "",
-            each_seed(lambda result, seed: ratio(control(result, "small_lr", seed)).max()),
-            Criterion(high=0.5),
-        ),
-        Claim(
-            "ReLU saturates",
-            "A ReLU network's sharpness stops rising before it reaches the edge: its largest value "
-            "over 2/lr",
-            "control",
-            "",
-            each_seed(lambda result, seed: ratio(control(result, "relu_lr", seed)).max()),
-            Criterion(high=0.9),
-        ),
-        Claim(
-            "cross-entropy falls at the end",
-            "With cross-entropy the sharpness falls once the images are fitted: final value over "
-            "its largest",
-            COHEN,
-            "",
-            each_seed(_faded),
-            Criterion(high=0.5),
-        ),
-    ],
+    claims=CLAIMS,
 )

@@ -18,35 +18,43 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sam_lab import data, models
 from sam_lab.curvature import Hessian, SpectralDensity
-from sam_lab.experiments.claims import Claim, Criterion, t_quantile
-from sam_lab.experiments.core import Experiment
-from sam_lab.experiments.result import Result
+from sam_lab.experiments.lab.claims import Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment, Studies, Study
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import t_quantile
 from sam_lab.training import descend, squared_error
 
 __all__ = [
+    "CLAIMS",
     "EXPERIMENT",
+    "PRESETS",
+    "STUDIES",
     "Config",
+    "batch_top",
+    "coverage",
+    "exact_top",
     "gap",
     "images",
     "mean_jacobian",
     "nested_batches",
+    "network",
+    "once",
     "power_iteration",
     "rescale",
     "spectra",
+    "start_vector",
+    "stopped",
 ]
-
-Tick = Callable[[int, int], Any]
-
-STUDIES = ("edge", "batches", "trace", "rescaling", "outliers")
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Config:
         starts: random start vectors at each checkpoint.
         change: power iteration stops when its estimate changes by less than this, relatively.
         tol: Lanczos stops when its residual is below this, relatively.
-        parts: the data are cut into so many batches; each number divides the next.
+        parts: into how many batches the data are cut; each number divides the next.
         relu_lr, relu_steps: training of the ReLU network that is rescaled.
         factors: the scales a of a layer.
         classes, outlier_steps: numbers of classes (the first ones of the data set), and the steps
@@ -117,13 +125,13 @@ def images(
 
     Args:
         seed: chooses the subset of the data set.
-        classes: keep only the examples of the first so many classes.
+        classes: keep only the examples with labels below this.
 
     Returns:
         x (N, C, H, W) float32 and y (N,) int64, on the device.
     """
-    sample = data.load(config.dataset, train=config.train, seed=seed, device=device)
-    x, y = sample.x, sample.y
+    dataset = data.load(config.dataset, train=config.train, seed=seed, device=device)
+    x, y = dataset.x, dataset.y
     if classes is not None:
         x, y = x[y < classes], y[y < classes]
     return data.standardize(x), y
@@ -227,53 +235,38 @@ def spectra(
     model = network(x, config.hidden, activation, int(y.max()) + 1, seed)
     params = list(model.parameters())
     grid = torch.linspace(-2, 13, 600)
-    found: dict[int, Spectrum] = {}
+    at: dict[int, Spectrum] = {}
     for step in steps:
-        done = max(found, default=0)
+        done = max(at, default=0)
         descend(lambda: squared_error(model(x), y), params, config.relu_lr, step - done)
         H = Hessian(lambda: squared_error(model(x), y), params)
         jacobian = mean_jacobian(model, x)
-        found[step] = Spectrum(
+        at[step] = Spectrum(
             H.density(50, probes=3, sigma=0.1, grid=grid, seed=seed),
             H.top(15, tol=1e-3, seed=seed, max_hvps=500).values,
             torch.linalg.eigvalsh(jacobian @ jacobian.T).double().cpu(),
         )
-    return found
+    return at
 
 
 # --- the studies ---------------------------------------------------------------------------------
 
 
-def settings(config: Config) -> list[dict[str, Any]]:
-    """One setting for each study."""
-    return [{"study": study} for study in STUDIES]
+def once(config: object) -> list[Setting]:
+    """The settings of a study that is one run."""
+    return [{}]
 
 
-def run(
-    config: Config, setting: Mapping[str, Any], seed: int, device: torch.device, progress: Tick
-) -> dict[str, list[float]]:
-    """The columns of one study."""
-    study = {
-        "edge": edge,
-        "batches": batches,
-        "trace": trace,
-        "rescaling": rescaling,
-        "outliers": outliers,
-    }[setting["study"]]
-    return study(config, seed, device, progress)
-
-
-def edge(config: Config, seed: int, device: torch.device, progress: Tick) -> dict[str, list[float]]:
+def edge(config: Config, cell: Cell) -> Columns:
     """Stopping rules at the edge of stability; errors, changes and residuals relative to λ1.
 
     One row a checkpoint and start. The truth is Lanczos in float64 at a residual of 1e-5.
     """
-    x, y = images(config, seed, device)
-    model = network(x, config.hidden, "tanh", int(y.max()) + 1, seed)
+    x, y = images(config, cell.seed, cell.device)
+    model = network(x, config.hidden, "tanh", int(y.max()) + 1, cell.seed)
     params = list(model.parameters())
     H = Hessian(lambda: squared_error(model(x), y), params)
-    rows: dict[str, list[float]] = {}
-    done = 0
+    rows, done = Rows(), 0
     for step in config.checkpoints:
         descend(lambda: squared_error(model(x), y), params, config.lr, step - done)
         done = step
@@ -283,25 +276,23 @@ def edge(config: Config, seed: int, device: torch.device, progress: Tick) -> dic
             power = stopped(H, start, config.change, config.tol)
             pairs = H.top(tol=config.tol, seed=start)
             theta, residual = float(pairs.values[0]), float(pairs.residuals[0])
-            row = {
-                "step": step,
-                "lambda1": top,
-                "lambda2": float(truth[1]),
-                "edge": 2 / config.lr,
-                "power_error": abs(top - power["theta"]) / top,
-                "power_residual": power["residual"],
-                "power_change": power["change"],
-                "power_hvps": power["hvps"],
-                "patient_error": abs(top - power["patient_theta"]) / top,
-                "power_hvps_to_tol": power["hvps_to_tol"],
-                "lanczos_error": abs(top - theta) / top,
-                "lanczos_residual": residual / theta,
-                "lanczos_hvps": pairs.hvps,
-            }
-            for name, value in row.items():
-                rows.setdefault(name, []).append(value)
-            progress(len(rows["step"]), len(config.checkpoints) * config.starts)
-    return rows
+            rows.add(
+                step=step,
+                lambda1=top,
+                lambda2=float(truth[1]),
+                edge=2 / config.lr,
+                power_error=abs(top - power["theta"]) / top,
+                power_residual=power["residual"],
+                power_change=power["change"],
+                power_hvps=power["hvps"],
+                patient_error=abs(top - power["patient_theta"]) / top,
+                power_hvps_to_tol=power["hvps_to_tol"],
+                lanczos_error=abs(top - theta) / top,
+                lanczos_residual=residual / theta,
+                lanczos_hvps=pairs.hvps,
+            )
+            cell.tick(len(rows.columns["step"]), len(config.checkpoints) * config.starts)
+    return rows.columns
 
 
 def exact_top(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -318,21 +309,21 @@ def stopped(H: Hessian, start: int, change: float, tol: float) -> dict[str, floa
     ``patient_theta`` is the estimate after ten such changes in a row; ``hvps_to_tol`` says how many
     products a relative residual of ``tol`` takes. All end at 1000 products.
     """
-    found: dict[str, float] = {}
+    readings: dict[str, float] = {}
     previous, still = math.inf, 0
     for hvps, (theta, residual) in enumerate(power_iteration(H, start_vector(H, start)), 1):
         moved, residual = abs(theta - previous) / abs(theta), residual / abs(theta)
         previous, still = theta, still + 1 if moved < change else 0
         last = hvps == 1000
-        if "theta" not in found and (still or last):
-            found |= {"theta": theta, "residual": residual, "change": moved, "hvps": hvps}
-        if "patient_theta" not in found and (still == 10 or last):
-            found["patient_theta"] = theta
-        if "hvps_to_tol" not in found and (residual <= tol or last):
-            found["hvps_to_tol"] = hvps
-        if len(found) == 6:
+        if "theta" not in readings and (still or last):
+            readings |= {"theta": theta, "residual": residual, "change": moved, "hvps": hvps}
+        if "patient_theta" not in readings and (still == 10 or last):
+            readings["patient_theta"] = theta
+        if "hvps_to_tol" not in readings and (residual <= tol or last):
+            readings["hvps_to_tol"] = hvps
+        if len(readings) == 6:
             break
-    return found
+    return readings
 
 
 def start_vector(H: Hessian, seed: int) -> Tensor:
@@ -341,25 +332,24 @@ def start_vector(H: Hessian, seed: int) -> Tensor:
     return torch.randn(1, H.shape[0], generator=generator)[0].to(H.device, H.dtype)
 
 
-def batches(
-    config: Config, seed: int, device: torch.device, progress: Tick
-) -> dict[str, list[float]]:
+def batches(config: Config, cell: Cell) -> Columns:
     """Mean and spread of the top eigenvalue over the batches of each level of one partition."""
-    x, y = images(config, seed, device)
-    model = network(x, config.hidden, "tanh", int(y.max()) + 1, seed)
+    x, y = images(config, cell.seed, cell.device)
+    model = network(x, config.hidden, "tanh", int(y.max()) + 1, cell.seed)
     params = list(model.parameters())
     descend(lambda: squared_error(model(x), y), params, config.lr, config.checkpoints[0])
-    levels = nested_batches(len(x), config.parts, seed)
-    columns: dict[str, list[float]] = {name: [] for name in ("size", "mean", "low", "high")}
+    levels, rows = nested_batches(len(x), config.parts, cell.seed), Rows()
     for done, level in enumerate(levels, 1):
         values = torch.tensor([batch_top(model, x[part], y[part]) for part in level])
         weights = torch.tensor([len(part) / len(x) for part in level])
-        columns["size"].append(len(x) / len(level))
-        columns["mean"].append(float((weights * values).sum()))
-        columns["low"].append(float(values.min()))
-        columns["high"].append(float(values.max()))
-        progress(done, len(levels))
-    return columns
+        rows.add(
+            size=len(x) / len(level),
+            mean=float((weights * values).sum()),
+            low=float(values.min()),
+            high=float(values.max()),
+        )
+        cell.tick(done, len(levels))
+    return rows.columns
 
 
 def batch_top(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -368,77 +358,71 @@ def batch_top(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float(H.top(tol=1e-3, max_hvps=500).values[0])
 
 
-def trace(
-    config: Config, seed: int, device: torch.device, progress: Tick
-) -> dict[str, list[float]]:
+def trace(config: Config, cell: Cell) -> Columns:
     """Hutchinson's estimates, their standard errors and the exact trace, for a small network.
 
     The images are averaged down to 7 x 7 (8 x 8 for CIFAR-10), so that the whole Hessian, column
     by column, costs about a thousand products.
     """
-    x, y = images(config, seed, device)
+    x, y = images(config, cell.seed, cell.device)
     x = nn.functional.avg_pool2d(x, 4)
-    model = network(x, (16,), "tanh", int(y.max()) + 1, seed)
+    model = network(x, (16,), "tanh", int(y.max()) + 1, cell.seed)
     params = list(model.parameters())
     descend(lambda: squared_error(model(x), y), params, config.lr, 100)
     H = Hessian(lambda: squared_error(model(x), y), params)
     dense = (H @ torch.eye(H.shape[0], device=H.device)).double()
-    columns: dict[str, list[float]] = {
+    estimates = Rows()
+    for trial in range(config.trials):
+        # a tolerance that is always met: exactly `probes` samples, whatever they show
+        sample = H.trace(tol=1e9, seed=trial, min_hvps=config.probes, max_hvps=config.probes)
+        estimates.add(estimate=sample.value, stderr=sample.stderr)
+        cell.tick(trial + 1, config.trials)
+    return {
         "probes": [config.probes],
         "exact": [float(dense.trace())],
         # the standard deviation of z.Hz over random signs z
         "spread": [math.sqrt(2 * float(dense.square().sum() - dense.diag().square().sum()))],
-        "estimate": [],
-        "stderr": [],
+        **estimates.columns,
     }
-    for trial in range(config.trials):
-        # a tolerance that is always met: exactly `probes` samples, whatever they show
-        found = H.trace(tol=1e9, seed=trial, min_hvps=config.probes, max_hvps=config.probes)
-        columns["estimate"].append(found.value)
-        columns["stderr"].append(found.stderr)
-        progress(trial + 1, config.trials)
-    return columns
 
 
-def rescaling(
-    config: Config, seed: int, device: torch.device, progress: Tick
-) -> dict[str, list[float]]:
+def rescaling(config: Config, cell: Cell) -> Columns:
     """Sharpness and outputs of a ReLU network whose layers are scaled by a and 1/a.
 
     ``first`` and ``last`` are the top eigenvalues of the two diagonal blocks of the Hessian, which
     bound the sharpness from below; their sum bounds it from above where the Hessian is positive
     semi-definite.
     """
-    x, y = images(config, seed, device)
-    model = network(x, (64,), "relu", int(y.max()) + 1, seed)
+    x, y = images(config, cell.seed, cell.device)
+    model = network(x, (64,), "relu", int(y.max()) + 1, cell.seed)
     params = list(model.parameters())
     descend(lambda: squared_error(model(x), y), params, config.relu_lr, config.relu_steps)
     with torch.no_grad():
         outputs = model(x)
-    names = ("factor", "sharpness", "first", "last", "moved")
-    columns: dict[str, list[float]] = {name: [] for name in names}
+
+    def top(net: nn.Module, *params: nn.Parameter) -> float:
+        H = Hessian(lambda: squared_error(net(x), y), params)
+        return float(H.top(tol=1e-3, max_hvps=500).values[0])
+
+    rows = Rows()
     for done, factor in enumerate(config.factors, 1):
         scaled = rescale(model, factor)
         with torch.no_grad():
             moved = float((scaled(x) - outputs).abs().max() / outputs.abs().max())
         # the last layer's bias scales with neither block, and belongs to neither
         first_weight, first_bias, last_weight, _ = scaled.parameters()
-        columns["factor"].append(factor)
-        columns["moved"].append(moved)
-        for name, params in {
-            "sharpness": list(scaled.parameters()),
-            "first": [first_weight, first_bias],
-            "last": [last_weight],
-        }.items():
-            H = Hessian(lambda scaled=scaled: squared_error(scaled(x), y), params)  # type: ignore[misc]
-            columns[name].append(float(H.top(tol=1e-3, max_hvps=500).values[0]))
-        progress(done, len(config.factors))
-    return columns
+        rows.add(
+            factor=factor,
+            sharpness=top(scaled, *scaled.parameters()),
+            first=top(scaled, first_weight, first_bias),
+            last=top(scaled, last_weight),
+            moved=moved,
+        )
+        cell.tick(done, len(config.factors))
+    return rows.columns
 
 
-def outliers(
-    config: Config, seed: int, device: torch.device, progress: Tick
-) -> dict[str, list[float]]:
+def outliers(config: Config, cell: Cell) -> Columns:
     """Place and size of the largest gap in the top of the spectrum; one row a number of classes.
 
     For ReLU networks before training (``start``) and after (``relu``), and for tanh networks after
@@ -451,11 +435,12 @@ def outliers(
         ("relu", "relu", config.outlier_steps),
         ("tanh", "tanh", config.outlier_steps),
     ]
-    columns: dict[str, list[float]] = {"classes": list(config.classes)}
+    rows = Rows()
     for done, classes in enumerate(config.classes):
-        x, y = images(config, seed, device, classes)
+        x, y = images(config, cell.seed, cell.device, classes)
+        row: dict[str, float] = {"classes": classes}
         for case, (name, activation, steps) in enumerate(cases, 1):
-            model = network(x, config.hidden, activation, classes, seed)
+            model = network(x, config.hidden, activation, classes, cell.seed)
 
             def closure(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
                 return squared_error(model(x), y)
@@ -464,189 +449,181 @@ def outliers(
             descend(closure, params, config.relu_lr, steps)
             # a looser tolerance can pass over one of two eigenvalues that are nearly equal
             values = Hessian(closure, params).top(2 * classes, tol=1e-3, max_hvps=1000).values
-            place, ratio = gap(values)
             jacobian = mean_jacobian(model, x)
-            row = {
-                "place": place,
-                "ratio": ratio,
-                "step": float(values[classes - 1] / values[classes]),
-                "mean": float(jacobian.square().sum() / values[:classes].sum()),
-            }
-            for column, value in row.items():
-                columns.setdefault(f"{name}_{column}", []).append(value)
-            progress(done * len(cases) + case, len(config.classes) * len(cases))
-    return columns
+            row[f"{name}_place"], row[f"{name}_ratio"] = gap(values)
+            row[f"{name}_step"] = float(values[classes - 1] / values[classes])
+            row[f"{name}_mean"] = float(jacobian.square().sum() / values[:classes].sum())
+            cell.tick(done * len(cases) + case, len(config.classes) * len(cases))
+        rows.add(**row)
+    return rows.columns
+
+
+STUDIES = Studies(
+    Study("edge", once, edge),
+    Study("batches", once, batches),
+    Study("trace", once, trace),
+    Study("rescaling", once, rescaling),
+    Study("outliers", once, outliers),
+)
 
 
 # --- the claims ----------------------------------------------------------------------------------
 
 
-def _each(study: str, statistic: Callable[[Any], float]) -> Callable[[Result], list[float]]:
-    """The statistic of one study, seed by seed."""
-
-    def values(result: Result) -> list[float]:
-        return [statistic(result.select(seed=seed, study=study)[0]) for seed in result.seeds]
-
-    return values
-
-
-def _median(values: Any) -> float:
-    return float(torch.as_tensor(values, dtype=torch.float64).quantile(0.5))
-
-
-def coverage(run: Any) -> float:
+def coverage(run: Run) -> float:
     """Share of the trials whose 95% t-interval holds the exact trace."""
-    width = t_quantile(int(run["probes"][0]) - 1) * run["stderr"]
-    return float((abs(run["estimate"] - run["exact"][0]) <= width).mean())
+    width = t_quantile(int(run.value("probes")) - 1) * run["stderr"]
+    return float((abs(run["estimate"] - run.value("exact")) <= width).mean())
 
 
-def _pairs_within(errors: Any, tol: float) -> float:
-    """Share of pairs of neighbouring starts of which the better one is within ``tol``."""
+def _of_pairs_within(errors: np.ndarray, tol: float) -> float:
+    """Share of pairs of neighbouring starts of which the better one is within `tol`."""
     pairs = len(errors) // 2
     return float((errors[: 2 * pairs].reshape(pairs, 2).min(axis=1) <= tol).mean())
 
 
-def _at(run: Any, size: float) -> float:
-    """Mean sharpness over the batches whose size is nearest to ``size``, over the full batch's."""
-    return float(run["mean"][abs(run["size"] - size).argmin()] / run["mean"][0])
+CHAPTER = Source("derived in chapter 2", "ours")
+CHAPTER_CONTROL = Source("the control of chapter 2", "control")
+DINH = Source("Dinh et al. 2017", "after")
+
+
+@claim(Source("stopping rule of PyHessian (Yao et al. 2020)", "ours"), low=1.0, headline=True)
+def change_is_no_certificate(runs: SeedRuns) -> float:
+    """At the edge of stability, power iteration that stops once its estimate changes by less than
+    0.1% is off by more than that: error over tolerance, median of all starts"""
+    return float(np.median(runs.one(study="edge")["power_error"])) / 1e-3
+
+
+@claim(Source("the question at the head of chapter 2", "ours"), high=0.95)
+def patience_is_no_certificate(runs: SeedRuns) -> float:
+    """At the edge of stability, ten changes below 0.1% in a row do not make the estimate of power
+    iteration safe: share of all starts for which it is then within 1%"""
+    return float((runs.one(study="edge")["patient_error"] <= 0.01).mean())
+
+
+@claim(CHAPTER, 0.9, 1.1)
+def change_is_a_residual(runs: SeedRuns) -> float:
+    """A relative change δ of power iteration stands for a relative residual of √(δ/2): median ratio
+    of the measured residual to that"""
+    run = runs.one(study="edge")
+    return float(np.median(run["power_residual"] / (run["power_change"] / 2) ** 0.5))
+
+
+@claim(Source("Hessian.top, checked against float64", "ours"), low=0.95, headline=True)
+def residual_certifies(runs: SeedRuns) -> float:
+    """At the edge of stability, Lanczos stopped at a residual of 1% finds the largest eigenvalue to
+    1%: share of all starts"""
+    return float((runs.one(study="edge")["lanczos_error"] <= 0.01).mean())
+
+
+@claim(
+    Source("every estimate is a lower bound (chapter 2)", "ours"),
+    low=0.95,
+    set_after=True,
+    headline=True,
+)
+def two_starts_certify(runs: SeedRuns) -> float:
+    """At the edge of stability, the larger of two Lanczos estimates, from two starts and each
+    stopped at a residual of 1%, is right to 1%: share of all pairs"""
+    return _of_pairs_within(runs.one(study="edge")["lanczos_error"], 0.01)
+
+
+@claim(Source("Kuczyński & Woźniakowski 1992 (bounds for both)", "after"), low=2.0)
+def lanczos_is_cheaper(runs: SeedRuns) -> float:
+    """To the same residual of 1%, power iteration takes at least twice the products of Lanczos:
+    median ratio"""
+    run = runs.one(study="edge")
+    return float(np.median(run["power_hvps_to_tol"] / run["lanczos_hvps"]))
+
+
+@claim(
+    Source("Jensen's inequality gives ratio ≥ 1; the size is ours", "ours"),
+    low=1.05,
+    headline=True,
+)
+def small_batches_are_sharper(runs: SeedRuns) -> float:
+    """Batches of about 125 examples are sharper than the full batch, by 5% or more on average:
+    ratio"""
+    run = runs.one(study="batches")
+    return float(run["mean"][abs(run["size"] - 125).argmin()] / run["mean"][0])
+
+
+@claim(Source("Jensen's inequality", "ours"), low=1.0)
+def sharper_at_every_cut(runs: SeedRuns) -> float:
+    """Each finer cut of one partition of the data has a larger mean sharpness: smallest ratio of a
+    level to the one before"""
+    mean = runs.one(study="batches")["mean"]
+    return float((mean[1:] / mean[:-1]).min())
+
+
+@claim(Source("Hutchinson 1990, with a t-interval", "after"), 0.92, 0.98)
+def trace_interval_covers(runs: SeedRuns) -> float:
+    """Hutchinson's 95% interval holds the exact trace in 95% of trials: share of trials"""
+    return coverage(runs.one(study="trace"))
+
+
+@claim(DINH, low=10.0, headline=True)
+def rescaling_changes_sharpness(runs: SeedRuns) -> float:
+    """Scaling the layers of a ReLU network by a and 1/a changes its sharpness tenfold or more:
+    largest over smallest"""
+    sharpness = runs.one(study="rescaling")["sharpness"]
+    return float(sharpness.max() / sharpness.min())
+
+
+@claim(DINH, high=1e-6)
+def rescaling_keeps_the_function(runs: SeedRuns) -> float:
+    """Scaling the layers of a ReLU network by a and 1/a leaves its outputs on the training images
+    alone: largest change, relative to the largest output"""
+    return float(runs.one(study="rescaling")["moved"].max())
+
+
+@claim(Source("Gur-Ari et al. 2018 (top subspace of that dimension)", "after"), 0.9, 1.1)
+def as_many_outliers_as_classes(runs: SeedRuns) -> float:
+    """In a ReLU network early in training, the largest gap in the top of the spectrum comes after
+    as many eigenvalues as there are classes: place of the gap over classes, mean"""
+    run = runs.one(study="outliers")
+    return float((run["relu_place"] / run["classes"]).mean())
+
+
+@claim(CHAPTER_CONTROL, high=0.5, set_after=True, headline=True)
+def outliers_need_training(runs: SeedRuns) -> float:
+    """The gap after as many eigenvalues as classes comes from training, and stands elsewhere in a
+    ReLU network before its first step: share of the numbers of classes for which it stands there
+    already"""
+    run = runs.one(study="outliers")
+    return float((run["start_place"] == run["classes"]).mean())
+
+
+@claim(CHAPTER, 0.85, 1.05, set_after=True)
+def outliers_are_a_mean(runs: SeedRuns) -> float:
+    """The outliers of the ReLU network are the part of the Hessian that the mean Jacobian of its
+    outputs makes: its share of the sum of those eigenvalues, mean"""
+    return float(runs.one(study="outliers")["relu_mean"].mean())
+
+
+@claim(CHAPTER_CONTROL, low=1.25, set_after=True)
+def outliers_in_tanh(runs: SeedRuns) -> float:
+    """A tanh network, too, shows a gap after as many eigenvalues as there are classes: ratio of
+    eigenvalues number K and K + 1 for K classes, mean"""
+    return float(runs.one(study="outliers")["tanh_step"].mean())
 
 
 CLAIMS = [
-    Claim(
-        "change-is-no-certificate",
-        "At the edge of stability, power iteration that stops once its estimate changes by less "
-        "than 0.1% is off by more than that: error over tolerance, median of all starts",
-        "stopping rule of PyHessian (Yao et al. 2020)",
-        "",
-        _each("edge", lambda run: _median(run["power_error"]) / 1e-3),
-        Criterion(low=1.0),
-    ),
-    Claim(
-        "patience-is-no-certificate",
-        "Ten such changes in a row do not make it safe: share of all starts for which the "
-        "estimate is then within 1%",
-        "the question at the head of chapter 2",
-        "",
-        _each("edge", lambda run: float((run["patient_error"] <= 0.01).mean())),
-        Criterion(high=0.95),
-    ),
-    Claim(
-        "change-is-a-residual",
-        "A relative change δ of power iteration stands for a relative residual of √(δ/2): median "
-        "ratio of the measured residual to that",
-        "derived in chapter 2",
-        "",
-        _each(
-            "edge", lambda run: _median(run["power_residual"] / (run["power_change"] / 2) ** 0.5)
-        ),
-        Criterion(0.9, 1.1),
-    ),
-    Claim(
-        "residual-certifies",
-        "At the edge of stability, Lanczos stopped at a residual of 1% finds the largest "
-        "eigenvalue to 1%: share of all starts",
-        "Hessian.top, checked against float64",
-        "",
-        _each("edge", lambda run: float((run["lanczos_error"] <= 0.01).mean())),
-        Criterion(low=0.95),
-    ),
-    Claim(
-        "two-starts-certify",
-        "The larger of two such estimates, from two starts, is right to 1%: share of all pairs",
-        "every estimate is a lower bound (chapter 2)",
-        "",
-        _each("edge", lambda run: _pairs_within(run["lanczos_error"], 0.01)),
-        Criterion(low=0.95),
-    ),
-    Claim(
-        "lanczos-is-cheaper",
-        "To the same residual of 1%, power iteration takes at least twice the products of "
-        "Lanczos: median ratio",
-        "Kuczyński & Woźniakowski 1992 (bounds for both)",
-        "",
-        _each("edge", lambda run: _median(run["power_hvps_to_tol"] / run["lanczos_hvps"])),
-        Criterion(low=2.0),
-    ),
-    Claim(
-        "small-batches-are-sharper",
-        "Batches of about 125 examples are sharper than the full batch, by 5% or more on average: "
-        "ratio",
-        "Jensen's inequality gives ratio ≥ 1; the size is ours",
-        "",
-        _each("batches", lambda run: _at(run, 125)),
-        Criterion(low=1.05),
-    ),
-    Claim(
-        "sharper-at-every-cut",
-        "Each finer cut of one partition has a larger mean sharpness: smallest ratio of a level "
-        "to the one before",
-        "Jensen's inequality",
-        "",
-        _each("batches", lambda run: float((run["mean"][1:] / run["mean"][:-1]).min())),
-        Criterion(low=1.0),
-    ),
-    Claim(
-        "trace-interval-covers",
-        "Hutchinson's 95% interval holds the exact trace in 95% of trials: share of trials",
-        "Hutchinson 1990, with a t-interval",
-        "",
-        _each("trace", coverage),
-        Criterion(0.92, 0.98),
-    ),
-    Claim(
-        "rescaling-changes-sharpness",
-        "Scaling the layers of a ReLU network by a and 1/a changes its sharpness tenfold or more: "
-        "largest over smallest",
-        "Dinh et al. 2017",
-        "",
-        _each("rescaling", lambda run: float(run["sharpness"].max() / run["sharpness"].min())),
-        Criterion(low=10.0),
-    ),
-    Claim(
-        "rescaling-keeps-the-function",
-        "The same scaling leaves the outputs on the training images alone: largest change, "
-        "relative to the largest output",
-        "Dinh et al. 2017",
-        "",
-        _each("rescaling", lambda run: float(run["moved"].max())),
-        Criterion(high=1e-6),
-    ),
-    Claim(
-        "as-many-outliers-as-classes",
-        "In a ReLU network early in training, the largest gap in the top of the spectrum comes "
-        "after as many eigenvalues as there are classes: place of the gap over classes, mean",
-        "Gur-Ari et al. 2018 (top subspace of that dimension)",
-        "",
-        _each("outliers", lambda run: float((run["relu_place"] / run["classes"]).mean())),
-        Criterion(0.9, 1.1),
-    ),
-    Claim(
-        "outliers-need-training",
-        "The gap comes from training, and stands elsewhere before the first step: share of the "
-        "numbers of classes for which it stands at the same place already",
-        "the control of chapter 2",
-        "",
-        _each("outliers", lambda run: float((run["start_place"] == run["classes"]).mean())),
-        Criterion(high=0.5),
-    ),
-    Claim(
-        "outliers-are-a-mean",
-        "The outliers of the ReLU network are the part of the Hessian that the mean Jacobian of "
-        "its outputs makes: their share of the sum of those eigenvalues, mean",
-        "derived in chapter 2",
-        "",
-        _each("outliers", lambda run: float(run["relu_mean"].mean())),
-        Criterion(0.85, 1.05),
-    ),
-    Claim(
-        "outliers-in-tanh",
-        "A tanh network shows the gap too: ratio of eigenvalues number K and K + 1 for K classes, "
-        "mean",
-        "the control of chapter 2",
-        "",
-        _each("outliers", lambda run: float(run["tanh_step"].mean())),
-        Criterion(low=1.25),
-    ),
+    change_is_no_certificate,
+    patience_is_no_certificate,
+    change_is_a_residual,
+    residual_certifies,
+    two_starts_certify,
+    lanczos_is_cheaper,
+    small_batches_are_sharper,
+    sharper_at_every_cut,
+    trace_interval_covers,
+    rescaling_changes_sharpness,
+    rescaling_keeps_the_function,
+    as_many_outliers_as_classes,
+    outliers_need_training,
+    outliers_are_a_mean,
+    outliers_in_tanh,
 ]
 
 EXPERIMENT = Experiment(
@@ -654,7 +631,7 @@ EXPERIMENT = Experiment(
     title="How far a measured sharpness can be trusted",
     source="Yao et al. 2020; Dinh et al. 2017; Gur-Ari et al. 2018; Hutchinson 1990",
     presets=PRESETS,
-    settings=settings,
-    run=run,
+    settings=STUDIES.settings,
+    run=STUDIES.run,
     claims=CLAIMS,
 )

@@ -47,6 +47,7 @@ from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.lab.statistics import farthest_from_one
 from sam_lab.experiments.sam.quadratics import taylor
+from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule, random_direction, sam, unnormalized
 from sam_lab.sam import SAM
 from sam_lab.stability import growth, sam_edge
@@ -170,10 +171,10 @@ def problem(
 
 def batches(
     model: nn.Module, x: Tensor, y: Tensor, size: int | None, generator: torch.Generator
-) -> Iterator[Callable[[], Tensor]]:
+) -> Iterator[Closure]:
     """Without end, the loss on one batch after another; with size None each time on all data."""
 
-    def on(inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    def on(inputs: Tensor, labels: Tensor) -> Closure:
         return lambda: squared_error(model(inputs), labels)
 
     while True:
@@ -204,7 +205,7 @@ def start(
 # --- from the switch on --------------------------------------------------------------------------
 
 
-def ascend(closure: Callable[[], Tensor], params: Sequence[Tensor], rho: float) -> None:
+def ascend(closure: Closure, params: Sequence[Tensor], rho: float) -> None:
     """A step of length rho along the gradient, in place: SAM's perturbation, never taken back."""
     grads = torch.autograd.grad(closure(), params)
     with torch.no_grad():
@@ -222,7 +223,7 @@ def measured_steps(steps: int, dense: int, moments: int) -> list[int]:
 
 def follow(
     step: Callable[[], Any],
-    closure: Callable[[], Tensor],
+    closure: Closure,
     params: Sequence[Tensor],
     moments: Sequence[int],
     tol: float = 1e-2,

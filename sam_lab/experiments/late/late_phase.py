@@ -14,12 +14,12 @@ and plain cross-entropy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from sam_lab import data, landscape
 from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
@@ -35,6 +35,7 @@ from sam_lab.experiments.late.switching import (
     summed_lr,
 )
 from sam_lab.experiments.recipe import Recipe
+from sam_lab.objective import Closure
 from sam_lab.perturbations import global_norm
 from sam_lab.training import Training, evaluate
 
@@ -142,7 +143,7 @@ def run(config: Config, cell: Cell) -> Columns:
 _WAY = ("distance", "barrier", "switch_objective", "switch_sharpness")
 
 
-def objective(training: Training, recipe: Recipe) -> Callable[[], Tensor]:
+def objective(training: Training, recipe: Recipe) -> Closure:
     """The loss of training over the examined examples, a closure; in the model's present mode."""
     x, y = recipe.examined(training)
     return lambda: training.loss_fn(training.model(x), y)

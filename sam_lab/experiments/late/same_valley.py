@@ -34,6 +34,7 @@ from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.late import late_images, late_mnist1d
 from sam_lab.experiments.recipe import Recipe
+from sam_lab.objective import Closure
 from sam_lab.perturbations import global_norm
 from sam_lab.training import LossFn, Training, evaluate, late
 
@@ -168,11 +169,11 @@ def alphas(points: int) -> list[float]:
     return [k / last for k in range(-(last // 5), last + last // 5 + 1)]
 
 
-def _mean_loss(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> Callable[[], Tensor]:
+def _mean_loss(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> Closure:
     return lambda: torch.tensor(evaluate(model, x, y, loss_fn)[0], dtype=torch.float64)
 
 
-def _objective(training: Training, recipe: Recipe) -> Callable[[], Tensor]:
+def _objective(training: Training, recipe: Recipe) -> Closure:
     return _mean_loss(training.model, *recipe.examined(training), training.loss_fn)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sam_lab.experiments.lab.claims import CONTROL, Source, claim
 from sam_lab.experiments.lab.experiment import Cell
@@ -25,6 +25,7 @@ from sam_lab.experiments.lab.statistics import (
     second_half_median,
     second_half_width,
 )
+from sam_lab.objective import Closure
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 
@@ -74,7 +75,7 @@ def grid(config: Grid) -> list[Setting]:
 
 def follow(
     sam: SAM,
-    closure: Callable[[], Tensor],
+    closure: Closure,
     steps: int,
     every: int,
     tol: float,
@@ -91,7 +92,7 @@ def follow(
 
 
 def full_batch(
-    problem: Callable[..., tuple[nn.Module, Callable[[], Tensor]]],
+    problem: Callable[..., tuple[nn.Module, Closure]],
 ) -> Callable[[Any, Cell], Columns]:
     """The `run` of a full-batch task: SAM around plain gradient descent, followed to its end.
 

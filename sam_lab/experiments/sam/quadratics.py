@@ -21,13 +21,14 @@ There are three such losses: a `quadratic` with given eigenvalues; the squared e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sam_lab.curvature import Hessian
+from sam_lab.objective import Closure
 from sam_lab.stability import gd_edge
 
 __all__ = ["linearised", "multiplier", "orbit_norm", "quadratic", "spectrum", "taylor"]
@@ -69,7 +70,7 @@ def quadratic(
     coordinates: Tensor,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
-) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
+) -> tuple[Closure, Tensor, Tensor]:
     """The loss w.Hw / 2 with these eigenvalues, in a random orthonormal basis.
 
     The basis matters for rounding alone: in that of the eigenvectors a component that has died out
@@ -95,7 +96,7 @@ def quadratic(
 # --- frozen networks -----------------------------------------------------------------------------
 
 
-def linearised(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+def linearised(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Closure]:
     """The first-order model of a network around its weights now: f(w0) + J (w - w0).
 
     Exact to rounding (forward-mode derivatives), and differentiable as often as one likes: its
@@ -130,9 +131,7 @@ class _Product(torch.autograd.Function):
         return _Product.apply(grad, ctx.H), None
 
 
-def taylor(
-    closure: Callable[[], Tensor], params: Sequence[Tensor]
-) -> tuple[list[Tensor], Callable[[], Tensor]]:
+def taylor(closure: Closure, params: Sequence[Tensor]) -> tuple[list[Tensor], Closure]:
     """The second-order model of a loss around the weights now, by exact Hessian-vector products.
 
     Where the Hessian has negative eigenvalues the model falls without bound along them. The

@@ -18,7 +18,6 @@ sharper than the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from sam_lab import data, models
 from sam_lab.experiments.lab.experiment import Experiment
 from sam_lab.experiments.sam import at_the_edge
+from sam_lab.objective import Closure
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ PAPER = replace(DESKTOP, chunk=1000, rhos=(0.0, 0.03, 0.1), steps=20_000, every=
 
 def problem(
     config: Config, seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, Callable[[], Tensor]]:
+) -> tuple[nn.Module, Closure]:
     """The network, initialised from `seed`, and its loss over the whole data.
 
     Raises:

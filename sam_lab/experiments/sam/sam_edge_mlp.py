@@ -11,16 +11,16 @@ times smaller does there. Products lr x sharpness mean the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from sam_lab import data, models
 from sam_lab.experiments.lab.experiment import Experiment
 from sam_lab.experiments.sam import at_the_edge
+from sam_lab.objective import Closure
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ PAPER = Config(
 
 def problem(
     config: Config, seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, Callable[[], Tensor]]:
+) -> tuple[nn.Module, Closure]:
     """The network, initialised from `seed`, and its loss over the whole data.
 
     Raises:

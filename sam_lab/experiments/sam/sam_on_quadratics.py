@@ -26,7 +26,7 @@ The loss of the networks is the mean over examples and classes of (output - one-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,7 @@ from sam_lab.experiments.sam.quadratics import (
     spectrum,
     taylor,
 )
+from sam_lab.objective import Closure
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
@@ -316,7 +317,7 @@ def frozen(config: Config, cell: Cell) -> Columns:
 
 def _on_path(
     path: str, model: nn.Module, x: Tensor, target: Tensor
-) -> tuple[list[Tensor], Callable[[], Tensor]]:
+) -> tuple[list[Tensor], Closure]:
     """What is trained on a path, and its loss."""
 
     def living() -> Tensor:
