@@ -67,7 +67,9 @@ class Benchmark:
             "seconds": round(time.perf_counter() - begin, 1),
             "date": datetime.now(UTC).date().isoformat(),
         }
-        return plain({"schema": self.schema, **body, "provenance": provenance}, "benchmark")
+        whole = {"schema": self.schema, **body, "provenance": provenance}
+        plain_body: dict[str, Any] = plain(whole, "benchmark")
+        return plain_body
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read a result; `ResultError` if it is damaged, changed or of another schema."""

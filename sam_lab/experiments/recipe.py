@@ -129,7 +129,8 @@ class Recipe:
         net: nn.Module = models.wide_resnet(
             self.depth, self.width, shape, classes, stride=self.stride, seed=seed, device=device
         )
-        return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net
 
     def training(
         self,

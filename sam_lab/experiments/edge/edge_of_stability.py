@@ -293,12 +293,13 @@ def branches(runs: SeedRuns) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 def clock(run: Run) -> np.ndarray:
     """Learning rate x step at each measurement: the time of gradient flow."""
-    return run.settings["lr"] * run["step"]
+    return float(run.settings["lr"]) * run["step"]
 
 
 def ratio(run: Run) -> np.ndarray:
     """Sharpness over 2/lr at each measurement."""
-    return run["sharpness"] / gd_edge(run.settings["lr"])
+    edge: float = gd_edge(run.settings["lr"])
+    return run["sharpness"] / edge
 
 
 # --- what the runs decide ------------------------------------------------------------------------
@@ -349,7 +350,8 @@ def oscillation_holds_sharpness_down(runs: SeedRuns) -> float:
     rising: excess over ordinary gradient descent in the branch's last quarter, over 2/lr"""
     _, sharpness = branches(runs)
     excess = sharpness["blocked"] - sharpness["gd"]
-    return float(np.median(excess[3 * len(excess) // 4 :])) / gd_edge(runs.config["branch_lr"])
+    edge: float = gd_edge(runs.config["branch_lr"])
+    return float(np.median(excess[3 * len(excess) // 4 :])) / edge
 
 
 @claim(DAMIAN, high=0.05, id="blocked follows flow")

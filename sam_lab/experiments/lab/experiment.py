@@ -130,4 +130,5 @@ def check_config(config: Any, where: str) -> None:
 
 def config_dict(config: Any) -> dict[str, Any]:
     """The config as a result file holds it."""
-    return plain(dataclasses.asdict(config), type(config).__name__)
+    found: dict[str, Any] = plain(dataclasses.asdict(config), type(config).__name__)
+    return found

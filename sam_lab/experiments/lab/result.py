@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = [
     "Columns",
@@ -70,7 +71,7 @@ class Run:
         object.__setattr__(self, "settings", settings)
         object.__setattr__(self, "columns", columns)
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
         if name not in self.columns:
             raise KeyError(f"no column {name!r}; this run has {', '.join(self.columns) or 'none'}")
         return np.array(self.columns[name], dtype=np.float64)
