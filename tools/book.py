@@ -3,7 +3,8 @@
     python tools/book.py build         execute what changed, then render      (make book)
     python tools/book.py store [FILE]  execute, store the outputs in book/    (make notebooks)
     python tools/book.py render        render the stored outputs              (make html)
-    python tools/book.py check         nbval against the stored outputs       (part of make test)
+    python tools/book.py check         nbval against the stored outputs       (make check)
+    python tools/book.py clean FILE    take timings, paths and the like out   (before a commit)
 
 Notebooks run here and nowhere else: Jupyter Book only renders, because its own execution neither
 fails on a failing cell nor notices that the library under a chapter has changed.
@@ -266,7 +267,9 @@ class Progress:
         self.draw(end="\n", note=note)
 
 
-def execute(notebook: NotebookNode, name: Path, root: Path = ROOT) -> NotebookNode:
+def execute(
+    notebook: NotebookNode, name: Path, root: Path = ROOT, kernel: str = "python3"
+) -> NotebookNode:
     """Run every code cell, in place, in a fresh kernel whose directory is the notebook's.
 
     Raises:
@@ -288,7 +291,7 @@ def execute(notebook: NotebookNode, name: Path, root: Path = ROOT) -> NotebookNo
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT,
-        kernel_name="python3",
+        kernel_name=kernel,
         store_widget_state=False,
         record_timing=False,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
@@ -389,6 +392,24 @@ def store(root: Path = ROOT, only: Sequence[Path] = ()) -> None:
         if changed:
             write(root / name, text)
         print(f"{name!s:<{WIDTH}} {'stored' if changed else 'already up to date'}")
+
+
+def tidy(files: Sequence[Path], root: Path = ROOT) -> None:
+    """Clean notebooks where they lie, without a run; a clean one is not written.
+
+    Raises:
+        BookError: a file is no notebook, or holds an output that cannot be kept; names the file.
+    """
+    for path in files:
+        notebook = read(path)
+        before = path.read_text(encoding="utf-8")
+        try:
+            after = dumps(clean(notebook, root))
+        except BookError as error:
+            raise BookError(f"{path}: {error}") from None
+        if after != before:
+            write(path, after)
+            print(f"{path!s:<{WIDTH}} cleaned")
 
 
 # ── Rendering ─────────────────────────────────────────────────────────────────────────────────
@@ -505,12 +526,12 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["build", "store", "render", "check"])
-    parser.add_argument("notebook", nargs="*", type=Path, help="with store: only these")
+    parser.add_argument("command", choices=["build", "store", "render", "check", "clean"])
+    parser.add_argument("notebook", nargs="*", type=Path, help="with store and clean: only these")
     given = parser.parse_args(arguments)
     command, only = given.command, given.notebook
-    if only and command != "store":
-        parser.error("only `store` takes the names of notebooks")
+    if only and command not in ("store", "clean"):
+        parser.error("only `store` and `clean` take the names of notebooks")
     try:
         if command == "build":
             render(root, execute_all(root))
@@ -518,6 +539,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             store(root, only)
         elif command == "render":
             render(root)
+        elif command == "clean":
+            tidy(only or [root / name for name in notebooks(root)], root)
         else:
             check(root)
     except BookError as error:
