@@ -122,7 +122,7 @@ def build(folder: Path, python: str, packages: Sequence[str]) -> Path:
     inside = folder / "bin" / "python"
     commands = [
         [python, "-m", "venv", "--clear", str(folder)],
-        [str(inside), "-m", "pip", "install", "--quiet", *packages],
+        [str(inside), "-m", "pip", "install", "--quiet", "--no-compile", *packages],
         [str(inside), "-m", "ipykernel", "install", "--prefix", str(folder), "--name", folder.name],
     ]
     for command in commands:
