@@ -268,9 +268,18 @@ class Progress:
 
 
 def execute(
-    notebook: NotebookNode, name: Path, root: Path = ROOT, kernel: str = "python3"
+    notebook: NotebookNode,
+    name: Path,
+    root: Path = ROOT,
+    *,
+    kernel: str = "python3",
+    timeout: int = CELL_TIMEOUT,
 ) -> NotebookNode:
     """Run every code cell, in place, in a fresh kernel whose directory is the notebook's.
+
+    Args:
+        kernel: the name of a Jupyter kernel; the default is that of the Python that runs this.
+        timeout: seconds that a cell may take.
 
     Raises:
         BookError: a cell failed; names the chapter, the cell, its first line and the error.
@@ -290,7 +299,7 @@ def execute(
 
     client = NotebookClient(
         notebook,
-        timeout=CELL_TIMEOUT,
+        timeout=timeout,
         kernel_name=kernel,
         store_widget_state=False,
         record_timing=False,
@@ -303,7 +312,7 @@ def execute(
         client.execute(env=kernel_environment(root))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         progress.finish(note="  FAILED")
-        raise BookError(_failure(notebook, name, current, error)) from None
+        raise BookError(_failure(notebook, name, current, error, timeout)) from None
     progress.finish()
     return notebook
 
@@ -315,7 +324,7 @@ def kernel_environment(root: Path = ROOT) -> dict[str, str]:
     return {**os.environ, **KERNEL_ENVIRONMENT, "IPYTHONDIR": str(profile)}
 
 
-def _failure(notebook: NotebookNode, name: Path, index: int, error: Exception) -> str:
+def _failure(notebook: NotebookNode, name: Path, index: int, error: Exception, timeout: int) -> str:
     cell = notebook.cells[index]
     code_number = len([c for c in notebook.cells[: index + 1] if c.cell_type == "code"])
     first_line = next((line for line in cell.source.splitlines() if line.strip()), "")
@@ -324,7 +333,7 @@ def _failure(notebook: NotebookNode, name: Path, index: int, error: Exception) -
         what = f"{error.ename}: {error.evalue}"
         traceback = "\n\n" + ANSI.sub("", error.traceback).strip()
     elif isinstance(error, CellTimeoutError):
-        what = f"still running after {CELL_TIMEOUT} s"
+        what = f"still running after {timeout} s"
     else:
         what = f"the kernel died ({error})"
     return (

@@ -72,6 +72,9 @@ ENVIRONMENTS = {
     "newest": Environment("3.13", "pinned", {"torch": None, "torchvision": None}),
 }
 
+# Seconds that a cell may take: the question is whether it runs, on a busy machine too.
+CELL_TIMEOUT = 3600
+
 # What a quick look at the library is: no test that is slow or drives a browser, none of the pins.
 TESTS = ["-q", "-m", "not slow and not browser", "--ignore=tests/test_environment.py"]
 
@@ -168,8 +171,10 @@ def publish(root: Path, folder: Path) -> Path:
 def execute_all(repository: Path, kernel: str) -> list[str]:
     """Run every notebook of a published repository, each in an empty folder.
 
+    What fails is printed at once.
+
     Returns:
-        What failed, a message a notebook; empty where all ran.
+        The names of those that failed.
     """
     setup = book.first_cell(repository)
     failures = []
@@ -177,19 +182,26 @@ def execute_all(repository: Path, kernel: str) -> list[str]:
         notebook = book.stamp(book.read(repository / name), setup)
         with tempfile.TemporaryDirectory() as content:
             try:
-                book.execute(notebook, Path(name.name), Path(content), kernel)
+                book.execute(
+                    notebook,
+                    Path(name.name),
+                    Path(content),
+                    kernel=kernel,
+                    timeout=CELL_TIMEOUT,
+                )
                 book.clean(notebook, Path(content))  # no widget without a picture, no error
             except book.BookError as error:
-                failures.append(str(error))
+                print(f"\ncolab: {error}\n", file=sys.stderr)
+                failures.append(name.name)
     return failures
 
 
 def test(repository: Path, python: Path) -> list[str]:
-    """Run the library's tests in a published repository; returns what failed, as execute_all."""
+    """Run the library's quick tests in a published repository; returns failures as execute_all."""
     environment = {**os.environ, **book.KERNEL_ENVIRONMENT}
     command = [str(python), "-m", "pytest", *TESTS]
     done = subprocess.run(command, cwd=repository, env=environment)
-    return [f"the library's tests failed: {' '.join(command)}"] if done.returncode else []
+    return ["the library's tests"] if done.returncode else []
 
 
 def main(arguments: list[str] | None = None, root: Path = book.ROOT) -> int:
@@ -217,14 +229,13 @@ def main(arguments: list[str] | None = None, root: Path = book.ROOT) -> int:
             if "test" in environment.extras:
                 failures += test(repository, python)
     except book.BookError as error:
-        failures = [str(error)]
+        print(f"\ncolab: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ncolab: interrupted", file=sys.stderr)
         return 130
-    for failure in failures:
-        print(f"\ncolab: {failure}", file=sys.stderr)
-    if not failures:
-        print(f"{chosen}: everything ran, in {time.monotonic() - started:.0f} s.")
+    seconds = time.monotonic() - started
+    print(f"{chosen}: {', '.join(failures) or 'nothing'} failed, in {seconds:.0f} s.")
     return 1 if failures else 0
 
 
