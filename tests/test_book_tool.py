@@ -213,6 +213,31 @@ def test_a_failing_chapter_is_not_stored(project):
     assert project.chapter.read_bytes() == before
 
 
+def test_notebooks_are_cleaned_where_they_lie_without_a_run(project, capsys):
+    notebook = cells("1 / 0")
+    stderr = new_output("stream", name="stderr", text="a warning")
+    notebook.cells[1].update(outputs=[stderr], execution_count=7)
+    nbformat.write(notebook, project.chapter)
+    assert book.main(["clean", str(project.chapter)], project.root) == 0
+    assert f"{project.chapter} cleaned" in capsys.readouterr().out
+    (cell,) = book.code_cells(nbformat.read(project.chapter, as_version=4))
+    assert (cell.source, cell.outputs, cell.execution_count) == ("1 / 0", [], 1)
+    modified = project.chapter.stat().st_mtime_ns
+    assert book.main(["clean"], project.root) == 0  # all that are listed
+    assert project.chapter.stat().st_mtime_ns == modified
+    assert capsys.readouterr().out == ""
+
+
+def test_a_notebook_that_cannot_be_cleaned_is_named_and_stays(project, capsys):
+    notebook = cells("1 / 0")
+    notebook.cells[1].outputs = [new_output("error", ename="E", evalue="no", traceback=[])]
+    nbformat.write(notebook, project.chapter)
+    before = project.chapter.read_bytes()
+    assert book.main(["clean", str(project.chapter)], project.root) == 1
+    assert f"{project.chapter}: cell 2 holds an error output" in capsys.readouterr().err
+    assert project.chapter.read_bytes() == before
+
+
 def executed(*outputs: nbformat.NotebookNode, **metadata) -> nbformat.NotebookNode:
     cell = new_code_cell("x", outputs=list(outputs), execution_count=7, metadata=metadata)
     return new_notebook(cells=[cell], metadata={"widgets": {"state": {}}, "colab": {}})

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
+from needed import needed_by
 from packaging.utils import canonicalize_name
 
 import sam_lab
@@ -33,23 +33,6 @@ def python(code: str, *, path: Path | None = None) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def needed_by(*names: str) -> set[str]:
-    """These distributions and all that they require."""
-    todo, seen = list(names), set()
-    while todo:
-        name = canonicalize_name(todo.pop())
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            lines = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        requirements = map(Requirement, lines)
-        todo += [r.name for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
-    return seen
 
 
 def test_torch_and_numpy_are_enough_to_import_everything() -> None:

@@ -3,7 +3,8 @@
     python tools/book.py build         execute what changed, then render      (make book)
     python tools/book.py store [FILE]  execute, store the outputs in book/    (make notebooks)
     python tools/book.py render        render the stored outputs              (make html)
-    python tools/book.py check         nbval against the stored outputs       (part of make test)
+    python tools/book.py check         nbval against the stored outputs       (make check)
+    python tools/book.py clean FILE    take timings, paths and the like out   (before a commit)
 
 Notebooks run here and nowhere else: Jupyter Book only renders, because its own execution neither
 fails on a failing cell nor notices that the library under a chapter has changed.
@@ -288,8 +289,19 @@ class Progress:
         self.draw(end="\n", note=note)
 
 
-def execute(notebook: NotebookNode, name: Path, root: Path = ROOT) -> NotebookNode:
+def execute(
+    notebook: NotebookNode,
+    name: Path,
+    root: Path = ROOT,
+    *,
+    kernel: str = "python3",
+    timeout: int = CELL_TIMEOUT,
+) -> NotebookNode:
     """Run every code cell, in place, in a fresh kernel whose directory is the notebook's.
+
+    Args:
+        kernel: the name of a Jupyter kernel; the default is that of the Python that runs this.
+        timeout: seconds that a cell may take.
 
     Raises:
         BookError: a cell failed; names the chapter, the cell, its first line and the error.
@@ -309,8 +321,8 @@ def execute(notebook: NotebookNode, name: Path, root: Path = ROOT) -> NotebookNo
 
     client = NotebookClient(
         notebook,
-        timeout=CELL_TIMEOUT,
-        kernel_name="python3",
+        timeout=timeout,
+        kernel_name=kernel,
         store_widget_state=False,
         record_timing=False,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
@@ -322,7 +334,7 @@ def execute(notebook: NotebookNode, name: Path, root: Path = ROOT) -> NotebookNo
         client.execute(env=kernel_environment(root))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         progress.finish(note="  FAILED")
-        raise BookError(_failure(notebook, name, current, error)) from None
+        raise BookError(_failure(notebook, name, current, error, timeout)) from None
     progress.finish()
     return notebook
 
@@ -334,7 +346,7 @@ def kernel_environment(root: Path = ROOT) -> dict[str, str]:
     return {**os.environ, **KERNEL_ENVIRONMENT, "IPYTHONDIR": str(profile)}
 
 
-def _failure(notebook: NotebookNode, name: Path, index: int, error: Exception) -> str:
+def _failure(notebook: NotebookNode, name: Path, index: int, error: Exception, timeout: int) -> str:
     cell = notebook.cells[index]
     code_number = len([c for c in notebook.cells[: index + 1] if c.cell_type == "code"])
     first_line = next((line for line in cell.source.splitlines() if line.strip()), "")
@@ -343,7 +355,7 @@ def _failure(notebook: NotebookNode, name: Path, index: int, error: Exception) -
         what = f"{error.ename}: {error.evalue}"
         traceback = "\n\n" + ANSI.sub("", error.traceback).strip()
     elif isinstance(error, CellTimeoutError):
-        what = f"still running after {CELL_TIMEOUT} s"
+        what = f"still running after {timeout} s"
     else:
         what = f"the kernel died ({error})"
     return (
@@ -411,6 +423,24 @@ def store(root: Path = ROOT, only: Sequence[Path] = ()) -> None:
         if changed:
             write(root / name, text)
         print(f"{name!s:<{WIDTH}} {'stored' if changed else 'already up to date'}")
+
+
+def tidy(files: Sequence[Path], root: Path = ROOT) -> None:
+    """Clean notebooks where they lie, without a run; a clean one is not written.
+
+    Raises:
+        BookError: a file is no notebook, or holds an output that cannot be kept; names the file.
+    """
+    for path in files:
+        notebook = read(path)
+        before = path.read_text(encoding="utf-8")
+        try:
+            after = dumps(clean(notebook, root))
+        except BookError as error:
+            raise BookError(f"{path}: {error}") from None
+        if after != before:
+            write(path, after)
+            print(f"{path!s:<{WIDTH}} cleaned")
 
 
 # ── Rendering ─────────────────────────────────────────────────────────────────────────────────
@@ -527,12 +557,12 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["build", "store", "render", "check"])
-    parser.add_argument("notebook", nargs="*", type=Path, help="with store: only these")
+    parser.add_argument("command", choices=["build", "store", "render", "check", "clean"])
+    parser.add_argument("notebook", nargs="*", type=Path, help="with store and clean: only these")
     given = parser.parse_args(arguments)
     command, only = given.command, given.notebook
-    if only and command != "store":
-        parser.error("only `store` takes the names of notebooks")
+    if only and command not in ("store", "clean"):
+        parser.error("only `store` and `clean` take the names of notebooks")
     try:
         if command == "build":
             render(root, execute_all(root))
@@ -540,6 +570,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             store(root, only)
         elif command == "render":
             render(root)
+        elif command == "clean":
+            tidy(only or [root / name for name in notebooks(root)], root)
         else:
             check(root)
     except BookError as error:
