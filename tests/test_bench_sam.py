@@ -35,7 +35,7 @@ def problem_of(name: str) -> bench.Problem:
     skip_without(network.package)
     if name == "ResNet-18":
         # at 8 x 8 BatchNorm would have one value a channel in the last layers
-        network = replace(network, shape=(3, 16, 16), batch=8)
+        network = replace(network, shape=(3, 16, 16), batch=4)
     problem = bench.make_problem(network, CPU)
     return bench.Problem(problem.model.double(), problem.x.double(), problem.y)
 

@@ -443,6 +443,7 @@ def test_the_same_seed_gives_the_same_columns(result):
     assert experiments.Run(setting, 1, again).columns == first.columns
 
 
+@pytest.mark.slow
 def test_the_paper_preset_trains_a_convolutional_network_on_cifar(real_data):
     few = dataclasses.replace(
         study.PRESETS["paper"],
