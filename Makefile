@@ -4,6 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH := .venv/.installed-bench
 ENV ?= colab
+# The tests run in this many processes. Those of one file share its fixtures, and so a process.
+JOBS ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --durations=10
 
 # A virtual environment of one's own choosing must not decide what is installed or imported here.
 unexport PYTHONPATH PYTHONHOME
@@ -12,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book html notebooks test lint types check wheel colab bench address clean
+.PHONY: help book html notebooks quick test lint types check wheel colab bench address clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of"
@@ -27,10 +30,14 @@ html: $(STAMP) ## render the outputs stored in book/, execute nothing
 notebooks: $(STAMP) ## execute every chapter that changed, store the cleaned outputs in book/
 	@$(BIN)/python tools/book.py store
 
+quick: $(STAMP) ## lint, types and the tests that are neither slow nor in a browser, in 3 minutes
+	@$(MAKE) --no-print-directory lint types
+	$(PYTEST) -m "not slow and not browser"
+
 test: $(STAMP) ## prove everything: lint, types, tests with coverage, the site in a browser, nbval
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/python tools/book.py render
-	SAM_LAB_BROWSER=required $(BIN)/pytest --cov --cov-report=term --durations=10
+	SAM_LAB_BROWSER=required $(PYTEST) --cov --cov-report=term
 	@$(BIN)/python tools/book.py check
 	@echo "make test: everything passed"
 
@@ -39,7 +46,7 @@ lint: $(STAMP) ## ruff: lint and format; actionlint: the workflows
 	$(BIN)/ruff format --check .
 	$(BIN)/actionlint
 
-types: $(STAMP) ## mypy on the library
+types: $(STAMP) ## mypy on the library, the tools and the benchmarks
 	$(BIN)/mypy
 
 check: $(STAMP) ## run every chapter again, compare with its stored outputs

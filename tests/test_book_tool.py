@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -27,8 +28,9 @@ def cells(*sources: str) -> nbformat.NotebookNode:
 @pytest.fixture
 def project(tmp_path: Path):
     """A project of one page and one chapter; calling it writes the chapter's code cells."""
-    for folder in ("book/_template", "book/results", "sam_lab"):
+    for folder in ("book/_template", "book/results", "sam_lab", "tests"):
         (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("nbval.cfg"), tmp_path / "tests")
     (tmp_path / "_config.yml").write_text(CONFIG)
     (tmp_path / "_toc.yml").write_text(TOC)
     (tmp_path / "constraints.txt").write_text("numpy==1\n")
@@ -333,8 +335,6 @@ def test_a_damaged_notebook_is_named(project):
 def test_checking_passes_what_was_stored_and_names_the_notebook_that_gives_something_else(
     project, capsys
 ):
-    (project.root / "tests").mkdir()
-    shutil.copy(Path(__file__).with_name("nbval.cfg"), project.root / "tests")
     project.write("print('six', 'seven')")
     assert book.main(["store"], project.root) == 0
     assert book.main(["check"], project.root) == 0
@@ -345,6 +345,82 @@ def test_checking_passes_what_was_stored_and_names_the_notebook_that_gives_somet
     said = capsys.readouterr()
     assert "six eight" in said.out
     assert "book/01_one.ipynb: not the stored outputs" in said.err
+
+
+@pytest.fixture
+def compared(project, monkeypatch):
+    """Check the project; the notebooks that nbval, a stand-in with this exit code, was given."""
+    monkeypatch.delenv("CI", raising=False)
+    given = []
+
+    def check(returncode: int = 0) -> list[str]:
+        def nbval(command, **_):
+            given.append(command[-1])
+            return subprocess.CompletedProcess(command, returncode, stdout="the report")
+
+        given.clear()
+        monkeypatch.setattr(book.subprocess, "run", nbval)
+        assert book.main(["check"], project.root) == returncode
+        return given.copy()
+
+    return check
+
+
+def test_what_was_proven_before_is_passed_over_and_said(project, compared, capsys):
+    assert compared() == [str(project.name)]
+    assert "gives its stored outputs" in capsys.readouterr().out
+    assert compared() == []
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split(maxsplit=1) == [str(project.name), "proven before"]
+
+
+def test_in_continuous_integration_every_notebook_is_compared_again(project, compared, monkeypatch):
+    compared()
+    monkeypatch.setenv("CI", "true")
+    assert compared() == [str(project.name)]
+
+
+def test_new_prose_leaves_a_proof_standing(project, compared):
+    compared()
+    notebook = nbformat.read(project.chapter, as_version=4)
+    notebook.cells[0].source = "# Another title"
+    nbformat.write(notebook, project.chapter)
+    assert compared() == []
+
+
+def other_output(root: Path) -> None:
+    path = root / "book" / "01_one.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].outputs = [new_output("stream", name="stdout", text="3")]
+    nbformat.write(notebook, path)
+
+
+CHANGES = {
+    "the code": lambda root: nbformat.write(cells("1 + 2"), root / "book" / "01_one.ipynb"),
+    "a stored output": other_output,
+    "the library": lambda root: (root / "sam_lab" / "__init__.py").write_text("ANSWER = 42\n"),
+    "a pin": lambda root: (root / "constraints.txt").write_text("numpy==2\n"),
+    "a result": lambda root: (root / "book" / "results" / "a.laptop.json").write_text("{}"),
+    "how outputs are compared": lambda root: (root / "tests" / "nbval.cfg").write_text(""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_proof_falls_with_anything_that_it_rests_on(change, project, compared):
+    compared()
+    change(project.root)
+    assert compared() == [str(project.name)]
+    assert compared() == []
+
+
+def test_a_failure_is_no_proof_and_takes_an_older_one_away(project, compared, monkeypatch, capsys):
+    compared()
+    monkeypatch.setenv("CI", "true")
+    assert compared(returncode=1) == [str(project.name)]
+    assert "the report" in capsys.readouterr().out
+    monkeypatch.delenv("CI")
+    assert compared(returncode=1) == [str(project.name)]
+    assert compared() == [str(project.name)]
 
 
 # ── rendering ─────────────────────────────────────────────────────────────────────────────────

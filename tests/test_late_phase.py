@@ -290,6 +290,7 @@ def test_progress_counts_the_epochs_and_ends_where_it_said():
 # --- end to end -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "config"), [(late_mnist1d, TINY), (late_images, IMAGES)])
 def test_a_small_grid_gives_every_claim_a_number(task, config):
     config = changed(config, recipe={"tol": 0.1}, trace_tol=1.0)

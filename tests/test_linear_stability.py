@@ -207,6 +207,7 @@ def test_with_the_full_batch_normalised_sam_ends_on_its_orbit():
     assert columns["rate_unnormalized"][0] > 0
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_its_run_and_another_one_changes_it():
     config = dataclasses.replace(
         TINY,

@@ -3,7 +3,8 @@
     python tools/book.py build         execute what changed, then render      (make book)
     python tools/book.py store [FILE]  execute, store the outputs in book/    (make notebooks)
     python tools/book.py render        render the stored outputs              (make html)
-    python tools/book.py check         nbval against the stored outputs       (make check)
+    python tools/book.py check         nbval against the stored outputs,      (make check)
+                                       unless proven before and CI is unset
     python tools/book.py clean FILE    take timings, paths and the like out   (before a commit)
 
 Notebooks run here and nowhere else: Jupyter Book only renders, because its own execution neither
@@ -515,8 +516,26 @@ def render(
 # ── Checking the stored outputs ───────────────────────────────────────────────────────────────
 
 
+def proof(notebook: NotebookNode, environment: str, root: Path = ROOT) -> str:
+    """A hash of all that a comparison depends on: what runs, what it has to give, and how."""
+    digest = hashlib.sha256(key(notebook, environment).encode())
+    outputs = [cell.outputs for cell in code_cells(notebook)]
+    digest.update(json.dumps(outputs, sort_keys=True).encode())
+    for path in (root / "tests" / "nbval.cfg", Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def record_of(name: Path, root: Path = ROOT) -> Path:
+    """Where the last proof of a notebook is kept."""
+    return root / "_build" / "proven" / name.with_suffix(".key")
+
+
 def check(root: Path = ROOT) -> None:
-    """Run every notebook again with nbval, two at a time, and compare with the outputs it stores.
+    """Run the notebooks again with nbval, two at a time, and compare with the outputs they store.
+
+    A notebook that has given these very outputs before, with the same code, library and pins, is
+    passed over, unless the environment variable ``CI`` is set.
 
     Raises:
         BookError: a cell failed, or gave another output; the report is printed before.
@@ -527,7 +546,7 @@ def check(root: Path = ROOT) -> None:
     # The project's own pytest settings (coverage, time limits, warnings) are for its own tests.
     command += ["-c", os.devnull, "--rootdir", str(root), "-p", "no:cacheprovider", "-q"]
 
-    def compare(name: Path) -> tuple[Path, float, subprocess.CompletedProcess]:
+    def compare(name: Path) -> tuple[float, subprocess.CompletedProcess]:
         started = time.monotonic()
         done = subprocess.run(
             [*command, str(name)],
@@ -537,12 +556,24 @@ def check(root: Path = ROOT) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        return name, time.monotonic() - started, done
+        return time.monotonic() - started, done
+
+    environment = environment_key(root)
+    due: dict[Path, str] = {}
+    for name in notebooks(root):
+        wanted, record = proof(read(root / name), environment, root), record_of(name, root)
+        if record.is_file() and record.read_text() == wanted and not os.environ.get("CI"):
+            print(f"{name!s:<{WIDTH}} proven before", flush=True)
+        else:
+            record.unlink(missing_ok=True)
+            due[name] = wanted
 
     failed = []
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for name, seconds, done in pool.map(compare, notebooks(root)):
-            if done.returncode != 0:
+        for name, (seconds, done) in zip(due, pool.map(compare, due), strict=True):
+            if done.returncode == 0:
+                write(record_of(name, root), due[name])
+            else:
                 failed.append(str(name))
                 print(done.stdout)
             verdict = "FAILED" if done.returncode else "gives its stored outputs"
