@@ -30,7 +30,7 @@ def skip_without(package: str | None) -> None:
 
 
 def problem_of(name: str) -> bench.Problem:
-    """In float64: in float32, on some processors, the last bits decide which ReLUs of ResNet open."""
+    """In float64: in float32 the last bits may decide which ReLUs of a ResNet open."""
     network = NETWORKS[name]
     skip_without(network.package)
     if name == "ResNet-18":

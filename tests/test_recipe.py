@@ -123,7 +123,10 @@ def test_a_training_is_sgd_as_the_recipe_says():
 def test_a_training_takes_another_weight_decay_phases_and_what_training_takes():
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
     training, _ = DIGITS.training(
-        weight_decay=0.0, phases=late(2, 4, rho=0.1), loss_fn=loss_fn, schedule=step_decay({0.5: 0.1})
+        weight_decay=0.0,
+        phases=late(2, 4, rho=0.1),
+        loss_fn=loss_fn,
+        schedule=step_decay({0.5: 0.1}),
     )
     assert training.optimizer.param_groups[0]["weight_decay"] == 0.0
     assert training.phases == late(2, 4, rho=0.1)

@@ -73,7 +73,8 @@ class BookError(Exception):
 
 
 def configuration(root: Path = ROOT) -> dict[str, Any]:
-    return yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    config: dict[str, Any] = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    return config
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -129,7 +130,7 @@ def first_cell(root: Path = ROOT, address: str | None = None) -> str:
 
 def read(path: Path) -> NotebookNode:
     try:
-        notebook = nbformat.read(path, as_version=4)
+        notebook: NotebookNode = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
     except Exception as error:  # nbformat raises many kinds; all of them mean the same here
         raise BookError(f"{path} is not a valid notebook: {error}") from error
@@ -145,7 +146,8 @@ def write(path: Path, text: str) -> None:
 
 
 def dumps(notebook: NotebookNode) -> str:
-    return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
+    text: str = nbformat.writes(notebook, version=nbformat.NO_CONVERT)
+    return text + "\n"
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -204,7 +206,9 @@ def clean(notebook: NotebookNode, root: Path = ROOT) -> NotebookNode:
     return notebook
 
 
-def _clean_outputs(outputs: list, count: int, where: str, root: Path) -> list[NotebookNode]:
+def _clean_outputs(
+    outputs: list[NotebookNode], count: int, where: str, root: Path
+) -> list[NotebookNode]:
     kept: list[NotebookNode] = []
     for output in outputs:
         if output.output_type == "error":
@@ -459,8 +463,8 @@ def assemble(root: Path, executed: dict[Path, Path]) -> Path:
     shutil.copytree(root / "book", source / "book", ignore=ignore)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root / name, source / name)
-    for name, path in executed.items():
-        shutil.copy(path, source / name)
+    for page, path in executed.items():
+        shutil.copy(path, source / page)
     return source
 
 
@@ -476,7 +480,7 @@ def tree_key(source: Path, root: Path) -> str:
 def render(
     root: Path = ROOT,
     executed: dict[Path, Path] | None = None,
-    run: Callable[..., subprocess.CompletedProcess] = subprocess.run,
+    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
 ) -> Path:
     """Render to ``_build/html`` with warnings as errors, unless that very book lies there already.
 
@@ -546,7 +550,7 @@ def check(root: Path = ROOT) -> None:
     # The project's own pytest settings (coverage, time limits, warnings) are for its own tests.
     command += ["-c", os.devnull, "--rootdir", str(root), "-p", "no:cacheprovider", "-q"]
 
-    def compare(name: Path) -> tuple[float, subprocess.CompletedProcess]:
+    def compare(name: Path) -> tuple[float, subprocess.CompletedProcess[str]]:
         started = time.monotonic()
         done = subprocess.run(
             [*command, str(name)],
