@@ -223,6 +223,7 @@ def test_the_presets_have_their_settings():
         assert len(study.settings(config)) == 3 * 3 * len(config.batches)
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_everything_that_its_claims_need():
     result = experiments.run(study.EXPERIMENT, TINY, seeds=3, device="cpu", progress=False)
     assert len(result.runs) == 3 * len(study.settings(TINY))
