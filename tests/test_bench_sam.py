@@ -57,6 +57,7 @@ def steps_on(name: str) -> tuple[bench.Problem, torch.Tensor, torch.Tensor]:
     return problem, weights_after(bench.PEERS[-1], problem), weights_after(bench.BASE, problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("method", SAME, ids=lambda m: f"{m.tool}, {m.how}")
 def test_every_method_takes_the_step_of_the_plain_loop(method, name) -> None:
@@ -230,6 +231,7 @@ def test_only_our_step_has_targets_and_only_resnet_one_for_time_over_sgd() -> No
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [set(), {"pytorch-optimizer", "torchvision"}])
 def test_quick_run_writes_a_table_with_or_without_peers(
     missing, tmp_path, monkeypatch, capsys

@@ -164,6 +164,7 @@ def test_a_wide_residual_network_runs_too():
     assert all(np.isfinite(values).all() for values in columns.values())
 
 
+@pytest.mark.slow
 def test_a_small_grid_gives_every_claim_a_number():
     config = dataclasses.replace(
         TINY,
