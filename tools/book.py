@@ -95,11 +95,16 @@ def notebooks(root: Path = ROOT) -> list[Path]:
     return [page for page in pages(root) if page.suffix == ".ipynb"]
 
 
-def first_cell(root: Path = ROOT) -> str:
-    """The first code cell of every notebook, with the repository address of ``_config.yml``."""
+def first_cell(root: Path = ROOT, address: str | None = None) -> str:
+    """The first code cell of every notebook.
+
+    Args:
+        address: where the cell clones from outside a checkout, anything that git understands; empty
+            for nowhere. By default the address in ``_config.yml``.
+    """
     repository = configuration(root)["repository"]
     template = (root / "book" / "_template" / "first_cell.py.in").read_text(encoding="utf-8")
-    url = repository["url"]
+    url = repository["url"] if address is None else address
     filled = template.replace("{url}", url).replace("{branch}", repository["branch"])
     return filled.replace("{name}", url.rstrip("/").rsplit("/", 1)[-1]).rstrip("\n")
 
