@@ -106,10 +106,9 @@ def test_a_commit_has_its_notebooks_cleaned(repository):
 
 
 def test_a_commit_is_typed_as_make_types_does():
-    hooks = yaml.safe_load((repository / ".pre-commit-config.yaml").read_text())["repos"][0][
-        "hooks"
-    ]
-    (mypy,) = [hook for hook in hooks if hook["id"] == "mypy"]
+    configuration = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (local,) = configuration["repos"]
+    (mypy,) = [hook for hook in local["hooks"] if hook["id"] == "mypy"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (by_hand,) = re.findall(r"\$\(BIN\)/(mypy.*)", makefile)
     assert mypy["entry"] == f".venv/bin/{by_hand}"

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -149,8 +148,7 @@ def versions(python: Path, packages: Sequence[str]) -> str:
 def publish(root: Path, folder: Path) -> Path:
     """A repository in `folder` that holds the last commit of `root`, as a host would serve it.
 
-    Its branch is the one that _config.yml names, and its own _config.yml, not committed, has its
-    own address, with which the first cell is made.
+    Its branch is the one that _config.yml names.
 
     Returns:
         The repository's root.
@@ -162,9 +160,6 @@ def publish(root: Path, folder: Path) -> Path:
         ["git", "-C", str(repository), "checkout", "--quiet", "-B", branch],
     ):
         subprocess.run(command, check=True)
-    configuration = book.configuration(repository)
-    configuration["repository"]["url"] = repository.as_uri()
-    book.write(repository / "_config.yml", yaml.safe_dump(configuration))
     return repository
 
 
@@ -176,7 +171,7 @@ def execute_all(repository: Path, kernel: str) -> list[str]:
     Returns:
         The names of those that failed.
     """
-    setup = book.first_cell(repository)
+    setup = book.first_cell(repository, repository.as_uri())
     failures = []
     for name in book.notebooks(repository):
         notebook = book.stamp(book.read(repository / name), setup)
