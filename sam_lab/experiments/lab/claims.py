@@ -41,7 +41,7 @@ KINDS = {
     "code": "read in the authors' code",
     "after": "our reading of a paper",
     "ours": "this book's own",
-    "control": "a control: what would have to be so if a finding were an artefact, or were not",
+    "control": "a control, which would come out otherwise if a finding were an artefact",
 }
 """How far a statement may be charged to its source."""
 
