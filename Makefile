@@ -4,10 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH := .venv/.installed-bench
 ENV ?= colab
-# The tests run in this many processes. Each begins with its part of the files, whose tests share
-# fixtures, and takes over from another when it has no more.
+# The tests run in this many processes. Those of one file share its fixtures, and so a process.
 JOBS ?= 2
-PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal --durations=10
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --durations=10
 
 # A virtual environment of one's own choosing must not decide what is installed or imported here.
 unexport PYTHONPATH PYTHONHOME
