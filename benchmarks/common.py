@@ -20,7 +20,7 @@ import torch
 
 import sam_lab
 from sam_lab.curvature import ConvergenceWarning
-from sam_lab.experiments.result import plain, seal, unseal, write_whole
+from sam_lab.experiments.lab.result import plain, seal, unseal, write_whole
 
 RESULTS = Path("book") / "results"
 
@@ -67,7 +67,9 @@ class Benchmark:
             "seconds": round(time.perf_counter() - begin, 1),
             "date": datetime.now(UTC).date().isoformat(),
         }
-        return plain({"schema": self.schema, **body, "provenance": provenance}, "benchmark")
+        whole = {"schema": self.schema, **body, "provenance": provenance}
+        plain_body: dict[str, Any] = plain(whole, "benchmark")
+        return plain_body
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read a result; `ResultError` if it is damaged, changed or of another schema."""

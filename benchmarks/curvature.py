@@ -30,6 +30,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,8 @@ class HalfSquaredError(nn.Module):
         return 0.5 * (outputs - targets).square().sum(1).mean()
 
 
+Product = Callable[[Tensor], object]
+
 CRITERIA: dict[str, nn.Module] = {"CE": nn.CrossEntropyLoss(), "MSE": HalfSquaredError()}
 
 
@@ -110,7 +113,8 @@ class Problem:
         return list(self.model.parameters())
 
     def closure(self) -> Tensor:
-        return self.criterion(self.model(self.x), self.y)
+        loss: Tensor = self.criterion(self.model(self.x), self.y)
+        return loss
 
     def gradient(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.closure(), self.params)
@@ -208,7 +212,8 @@ def _eigsh(tol: float) -> Callable[[Problem, int, int], Answer]:
         def matvec(v: np.ndarray) -> np.ndarray:
             nonlocal calls
             calls += 1
-            return operator @ v
+            product: np.ndarray = operator @ v
+            return product
 
         counted = sparse.LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
         start = np.random.default_rng(seed).standard_normal(operator.shape[0])
@@ -219,7 +224,7 @@ def _eigsh(tol: float) -> Callable[[Problem, int, int], Answer]:
 
 
 def _pyhessian(problem: Problem, k: int, seed: int) -> Answer:
-    module = _optional.require("pyhessian.hessian", extra="bench")
+    module: Any = _optional.require("pyhessian.hessian", extra="bench")
     calls = 0
     original = module.hessian_vector_product
 
@@ -258,7 +263,8 @@ def _eigenthings(max_iter: int | None) -> Callable[[Problem, int, int], Answer]:
         def counted(v: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
-            return original(v)
+            product: Tensor = original(v)
+            return product
 
         operator.matvec = counted
         found = eigenthings.lanczos(operator, k=k, max_iter=max_iter, which="LA", seed=seed)
@@ -284,7 +290,7 @@ METHODS = (
 # --- one product by each tool -----------------------------------------------------------------
 
 
-def _pyhessian_product(problem: Problem) -> Callable[[Tensor], object]:
+def _pyhessian_product(problem: Problem) -> Product:
     module = _optional.require("pyhessian.hessian", extra="bench")
     solver = module.hessian(
         problem.model, problem.criterion, data=(problem.x, problem.y), cuda=False
@@ -298,8 +304,8 @@ def _pyhessian_product(problem: Problem) -> Callable[[Tensor], object]:
     return product
 
 
-def _sam_lab_product(mode: str, kept: bool = True) -> Callable[[Problem], Callable]:
-    def make(problem: Problem) -> Callable[[Tensor], object]:
+def _sam_lab_product(mode: str, kept: bool = True) -> Callable[[Problem], Product]:
+    def make(problem: Problem) -> Product:
         H = Hessian(problem.closure, problem.params, problem.model, mode=mode)
 
         def product(v: Tensor) -> object:
@@ -312,7 +318,7 @@ def _sam_lab_product(mode: str, kept: bool = True) -> Callable[[Problem], Callab
     return make
 
 
-PRODUCTS: tuple[tuple[str, str, str | None, Callable[[Problem], Callable]], ...] = (
+PRODUCTS: tuple[tuple[str, str, str | None, Callable[[Problem], Product]], ...] = (
     ("sam_lab", "graph kept (default)", None, _sam_lab_product("graph")),
     ("sam_lab", "graph built anew", None, _sam_lab_product("graph", kept=False)),
     ("sam_lab", "forward over reverse", None, _sam_lab_product("forward")),
@@ -357,7 +363,7 @@ def product_table(problem: Problem, repeats: int) -> list[dict[str, Any]]:
         gradient = median_seconds(problem.gradient, 3)
         for tool, how, product, _own in ready:
             with quiet():
-                spent = median_seconds(lambda product=product: product(v), 3)
+                spent = median_seconds(partial(product, v), 3)
             times[tool, how].append(spent)
             ratios[tool, how].append(spent / gradient)
     for *_, own in ready:

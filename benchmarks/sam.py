@@ -27,6 +27,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch.autograd.profiler import profile, record_function
 
 from benchmarks.common import Benchmark, quiet, say, seconds, version_of
 from sam_lab import SAM, _optional, models
-from sam_lab.experiments.claims import Table
+from sam_lab.experiments.lab.table import Table
 from sam_lab.perturbations import asam
 
 RHO = 0.05
@@ -74,7 +75,7 @@ def resnet18() -> nn.Module:
     resnet = _optional.torchvision().models.resnet18
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = resnet(num_classes=CLASSES)
+        model: nn.Module = resnet(num_classes=CLASSES)
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
@@ -193,7 +194,7 @@ def _loop(problem: Problem) -> Step:
         optimizer.zero_grad()
         problem.closure().backward()
         with torch.no_grad():
-            norm = torch.stack([p.grad.norm() for p in params]).norm()
+            norm = torch.stack([p.grad.norm() for p in params]).norm()  # type: ignore[union-attr]
             epsilon = []
             for p in params:
                 e = p.grad * (RHO / (norm + 1e-12))
@@ -251,7 +252,7 @@ def cuda_seconds(action: Step, device: torch.device) -> float:
     action()
     end.record(torch.cuda.current_stream(device))
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def step_seconds(step: Step, steps: int, device: torch.device) -> float:
@@ -332,7 +333,7 @@ def measure(network: Network, device: torch.device) -> tuple[Problem, dict[Metho
             continue
         own = problem.copy()
         with quiet():
-            peak, step = peak_bytes(lambda method=method, own=own: method.make(own), device)
+            peak, step = peak_bytes(partial(method.make, own), device)
             measured[method] = Measured(step, peak, waits(step, device), [])
     on_cuda = device.type == "cuda"
     steps = network.cuda_steps if on_cuda else network.steps

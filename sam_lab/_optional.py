@@ -31,8 +31,8 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = "it" if error.name == module else repr(error.name)
         raise ImportError(
-            f"{module!r} is needed here, and {missing} is not installed: "
-            f'pip install "sam-lab[{extra}]"',
+            f"{module!r} is needed here, and {missing} is not installed; in a copy of SAM Lab's "
+            f"repository: pip install -e '.[{extra}]'",
             name=error.name,
         ) from error
 

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_lab import _optional
-from sam_lab.objective import check_examples, check_integer, check_nonnegative
+from sam_lab._checks import check_examples, check_integer, check_nonnegative
 from sam_lab.perturbations import HALF, NORMS, steepest
-from sam_lab.state import RandomState, evaluating
+from sam_lab.state import evaluating, undisturbed
 
 __all__ = [
     "AUTOATTACK",
@@ -131,7 +131,8 @@ def _lengths(x: Tensor) -> Tensor:
     """The Euclidean norm of each example, (N, 1, ..., 1)."""
     if x.ndim == 1:
         return x.abs()
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    return norm
 
 
 # --- attacks --------------------------------------------------------------------------------------
@@ -227,8 +228,7 @@ def pgd(
         worst, reached = x, torch.empty(0)
         for attempt in range(restarts):
             x_adv = threat.start(x, generator) if random_start else x.clone()
-            outside = RandomState([x.device])  # after the start: its generator may be a global one
-            try:
+            with undisturbed(model, [x]):  # after the start: its generator may be a global one
                 for _ in range(steps):
                     x_adv.requires_grad_()
                     # the sum, so that one example's gradient does not depend on how many there are
@@ -243,8 +243,6 @@ def pgd(
                         harm = torch.where(better, harm, reached)
                     reached = harm
                 worst = x_adv
-            finally:
-                outside.restore()
     return worst
 
 
@@ -299,9 +297,9 @@ def autoattack(
     check_integer("batch", batch, 1)
     package = _optional.require("pyautoattack", extra="book")
     required = [(p, p.requires_grad) for p in model.parameters()]
-    outside, tracing = RandomState([x.device]), sys.gettrace()
+    tracing = sys.gettrace()
     try:
-        with torch.inference_mode(False), evaluating(model):
+        with torch.inference_mode(False), undisturbed(model, [x]), evaluating(model):
             x, y = x.detach().clone(), y.clone()  # as in `pgd`
             for p, _ in required:  # it needs gradients of the inputs only
                 p.requires_grad_(False)
@@ -321,13 +319,12 @@ def autoattack(
             judge.apgd.n_restarts = judge.fab.n_restarts = 1
             for targeted in (judge.apgd_targeted, judge.fab):
                 targeted.n_restarts, targeted.n_target_classes = 1, min(9, classes - 1)
-            found: Tensor = judge.run_standard_evaluation(x, y, batch_size=batch)[0]
+            attacked: Tensor = judge.run_standard_evaluation(x, y, batch_size=batch)[0]
     finally:
         sys.settrace(tracing)  # it traces a pass through the model, and then turns all tracing off
         for p, requires_grad in required:
             p.requires_grad_(requires_grad)
-        outside.restore()
-    return found.detach()
+    return attacked.detach()
 
 
 # --- what attacks are for -------------------------------------------------------------------------

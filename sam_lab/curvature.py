@@ -38,15 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sam_lab._checks import check_integer, check_loss, check_positive
 from sam_lab.eigensolvers import Ritz, inner, lanczos, lanczos_top, lobpcg, scale
-from sam_lab.objective import (
-    Batches,
-    Gradient,
-    Objective,
-    check_integer,
-    check_loss,
-    check_positive,
-)
+from sam_lab.objective import Batches, Closure, Gradient, Objective
 
 __all__ = ["ConvergenceWarning", "Eigenpairs", "Hessian", "SpectralDensity", "TraceEstimate"]
 
@@ -121,7 +115,7 @@ class Hessian:
 
     Args:
         closure: evaluates the loss at the current values of the parameters and returns it, a
-            scalar tensor; no `backward` inside.
+            scalar tensor; no `backward` inside. Or `objective.Batches`, as `over` makes them.
         params: leaf tensors that require grad, of one dtype on one device, such as
             `model.parameters()`. Those that the loss does not use give zero rows.
         model: the module that the closure evaluates. To be given whenever it has buffers that a
@@ -155,7 +149,7 @@ class Hessian:
 
     def __init__(
         self,
-        closure: Callable[[], Tensor],
+        closure: Closure | Batches,
         params: Iterable[Tensor],
         model: nn.Module | None = None,
         mode: str = "auto",
@@ -199,8 +193,7 @@ class Hessian:
                 their sizes, so that a short last batch counts for what it is.
             params, model, mode: as for `Hessian`.
         """
-        data = Batches(batches, loss_fn)
-        return cls(cast(Callable[[], Tensor], data), params, model, mode)
+        return cls(Batches(batches, loss_fn), params, model, mode)
 
     # ------------------------------------------------------------------ the operator
 
@@ -290,18 +283,18 @@ class Hessian:
         rows = None if start is None else self._checked_start(start)
         with self._session():
             if rows is not None and max(k, len(rows)) <= max_hvps // 2:
-                found = lobpcg(self._apply, draw, rows, k, tol, max_hvps // 2)
-                if found.converged:
-                    return self._pairs(found, k, before)
+                ritz = lobpcg(self._apply, draw, rows, k, tol, max_hvps // 2)
+                if ritz.converged:
+                    return self._pairs(ritz, k, before)
             left = max_hvps - (self.hvps - before)
-            found = lanczos_top(self._apply, draw, k, tol, left)
-        if not found.converged:
-            worst = float(found.residuals[:k].max()) / (scale(found.values, self.dtype) or 1.0)
+            ritz = lanczos_top(self._apply, draw, k, tol, left)
+        if not ritz.converged:
+            worst = float(ritz.residuals[:k].max()) / (scale(ritz.values, self.dtype) or 1.0)
             _warn(
                 f"top({k=}, {tol=}) stopped after {self.hvps - before} HVPs at a relative residual "
                 f"of {worst:.1e}; raise max_hvps or tol"
             )
-        return self._pairs(found, k, before)
+        return self._pairs(ritz, k, before)
 
     def trace(
         self, tol: float = 0.1, seed: int = 0, max_hvps: int = 1000, min_hvps: int = 16
@@ -471,7 +464,7 @@ class Hessian:
                     total += size
         return out / total
 
-    def _tangent(self, closure: Callable[[], Tensor], row: Tensor) -> Tensor:
+    def _tangent(self, closure: Closure, row: Tensor) -> Tensor:
         leaves = [p.detach().requires_grad_() for p in self.params]
         with forward_ad.dual_level():
             duals = map(forward_ad.make_dual, leaves, self._objective.unflatten(row))
@@ -543,8 +536,8 @@ class Hessian:
             raise ValueError("start must be finite")
         return start.detach().to(device=self.device, dtype=self.dtype).T.contiguous()
 
-    def _pairs(self, found: Ritz, k: int, before: int) -> Eigenpairs:
-        values, rows, residuals, converged = found
+    def _pairs(self, ritz: Ritz, k: int, before: int) -> Eigenpairs:
+        values, rows, residuals, converged = ritz
         spent = self.hvps - before
         return Eigenpairs(values[:k], rows[:k].T, residuals[:k], spent, converged, rows.T)
 

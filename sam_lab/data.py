@@ -415,7 +415,8 @@ def _sequences(y: np.ndarray, seed: np.random.SeedSequence) -> np.ndarray:
     position = np.linspace(0, length - 1, _LENGTH)
     left = np.minimum(position.astype(np.int64), length - 2)
     weight = position - left
-    return (1 - weight) * x[:, left] + weight * x[:, left + 1]
+    shortened: np.ndarray = (1 - weight) * x[:, left] + weight * x[:, left + 1]
+    return shortened
 
 
 def _smooth(x: np.ndarray, width: float) -> np.ndarray:

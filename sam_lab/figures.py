@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sam_lab._optional import require
-from sam_lab.experiments.claims import t_quantile
+from sam_lab.experiments.lab.statistics import t_quantile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sam_lab.experiments.result import Run
+    from sam_lab.experiments.lab.result import Run
 
 GROUND = "#fbfaf6"
 INK = "#222222"

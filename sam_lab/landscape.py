@@ -6,7 +6,7 @@ its `barrier`), and what the valley looks like around them (`plane`, on the axes
 
     start = weights(model)
     ...  # train on
-    path = line(loss, model, start, weights(model))
+    path = line(closure, model, start, weights(model))
     path.losses, path.barrier
 
 A point of weight space is a list of tensors shaped as `model.parameters()`, such as a snapshot by
@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim.swa_utils import update_bn
 
+from sam_lab._checks import check_integer, check_scalar
 from sam_lab.eigensolvers import inner
-from sam_lab.objective import Batches, Objective, check_integer
-from sam_lab.state import RandomState, kept_buffers
+from sam_lab.objective import Batches, Closure, Objective
+from sam_lab.state import kept_buffers, undisturbed
 
 __all__ = [
     "Axes",
@@ -125,7 +126,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 def line(
-    loss: Callable[[], Tensor],
+    closure: Closure,
     model: nn.Module,
     start: Point,
     end: Point,
@@ -137,7 +138,7 @@ def line(
     r"""The loss at $(1 - \alpha)$ `start` $+\ \alpha$ `end`.
 
     Args:
-        loss: evaluates the loss at the current values of the parameters and returns it, a scalar
+        closure: evaluates the loss at the current values of the parameters and returns it, a scalar
             tensor; no `backward` inside.
         model: the module that it evaluates.
         start, end: two points of its weight space, in dtype and on the device of its parameters.
@@ -164,8 +165,8 @@ def line(
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
-        >>> loss = lambda: model.weight.square().sum()
-        >>> line(loss, model, torch.tensor([-1.0]), torch.tensor([3.0]), 5).losses.tolist()
+        >>> closure = lambda: model.weight.square().sum()
+        >>> line(closure, model, torch.tensor([-1.0]), torch.tensor([3.0]), 5).losses.tolist()
         [1.0, 0.0, 1.0, 4.0, 9.0]
     """
     params = _parameters(model)
@@ -178,11 +179,11 @@ def line(
     def where(rows: Tensor) -> list[Tensor]:  # lerp is exact at both ends
         return [torch.lerp(s, e, _along(rows[:, 0], s)) for s, e in zip(a, b, strict=True)]
 
-    return Line(places, _losses(loss, model, where, places[:, None], chunk, refresh))
+    return Line(places, _losses(closure, model, where, places[:, None], chunk, refresh))
 
 
 def plane(
-    loss: Callable[[], Tensor],
+    closure: Closure,
     model: nn.Module,
     origin: Point,
     u: Point,
@@ -196,7 +197,7 @@ def plane(
     """The loss at `origin` + x `u` + y `v` for every x in `xs` and y in `ys`.
 
     Args:
-        loss, model, chunk, refresh: as for `line`.
+        closure, model, chunk, refresh: as for `line`.
         origin, u, v: a point and two directions, such as the first three of `through`, or
             `weights(model)` and two of `direction`.
         xs, ys: coordinates, any finite numbers.
@@ -219,8 +220,8 @@ def plane(
         ]
 
     grid = torch.cartesian_prod(y, x).flip(1)
-    found = _losses(loss, model, where, grid, chunk, refresh)
-    return Plane(x, y, found.reshape(len(y), len(x)))
+    losses = _losses(closure, model, where, grid, chunk, refresh)
+    return Plane(x, y, losses.reshape(len(y), len(x)))
 
 
 def through(a: Point, b: Point, c: Point) -> Axes:
@@ -232,7 +233,7 @@ def through(a: Point, b: Point, c: Point) -> Axes:
         a, b, c: points alike in shapes, dtype and device: lists of tensors, or flat vectors.
 
     Returns:
-        `Axes`; ``plane(loss, model, *axes[:3], xs, ys)`` draws it.
+        `Axes`; ``plane(closure, model, *axes[:3], xs, ys)`` draws it.
 
     Raises:
         TypeError, ValueError: a point is not as described, or the three lie on one line.
@@ -282,11 +283,12 @@ def direction(model: nn.Module, seed: int = 0) -> list[Tensor]:
     params = _parameters(model)
     generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
     drawn = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params]
-    found = filter_normalized(drawn, params)
+    normalized = filter_normalized(drawn, params)
     norms = (module for module in model.modules() if isinstance(module, NORMS))
     fixed = {id(p) for module in norms for p in module.parameters(recurse=False)}
     return [
-        torch.zeros_like(d) if id(p) in fixed else d for p, d in zip(params, found, strict=True)
+        torch.zeros_like(d) if id(p) in fixed else d
+        for p, d in zip(params, normalized, strict=True)
     ]
 
 
@@ -323,7 +325,7 @@ def filter_normalized(direction: Iterable[Tensor], weights: Iterable[Tensor]) ->
 
 
 def _losses(
-    loss: Callable[[], Tensor],
+    closure: Closure,
     model: nn.Module,
     where: Where,
     rows: Tensor,
@@ -331,13 +333,13 @@ def _losses(
     refresh: Refresh,
 ) -> Tensor:
     """The loss at the weights of each row of coordinates (n, d): (n,) float64 on the CPU."""
-    if not callable(loss):
-        raise TypeError(f"loss must be callable, got {type(loss).__name__}")
+    if not callable(closure):
+        raise TypeError(f"closure must be callable, got {type(closure).__name__}")
     params = _parameters(model)
     device = params[0].device
     chunk = check_integer("chunk", chunk, 1)
     gather = _checked_refresh(refresh, model)
-    random = RandomState([device], Batches(gather, model).generators if gather is not None else ())
+    generators = Batches(gather, model).generators if gather is not None else ()
 
     def one(row: Tensor) -> Tensor:
         with kept_buffers(model):
@@ -346,24 +348,25 @@ def _losses(
             if gather is not None:
                 update_bn(gather, model, device)
                 reset()
-            return _scalar(loss())
+            return _scalar(closure())
 
     def several(some: Tensor) -> Tensor:
-        objective = Objective(loss, params, model)
+        objective = Objective(closure, params, model)
         with kept_buffers(model):
-            found = torch.func.vmap(lambda *at: _scalar(objective.replaced(loss, at)))(*where(some))
-        if len(some) > 1 and found.stride(0) == 0:  # one number, shown as many
+            together = torch.func.vmap(lambda *at: _scalar(objective.replaced(closure, at)))
+            losses = together(*where(some))
+        if len(some) > 1 and losses.stride(0) == 0:  # one number, shown as many
             raise ValueError("the loss does not read its parameters from the model")
-        return found
+        return losses
 
     def measured(evaluate: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
-        found = []
+        losses = []
         for part in parts:
             reset()
-            found.append(evaluate(part).reshape(-1))
-        return torch.cat(found).cpu().double()
+            losses.append(evaluate(part).reshape(-1))
+        return torch.cat(losses).cpu().double()
 
-    with _undisturbed(model, params, random) as reset:
+    with torch.no_grad(), undisturbed(model, generators=generators) as reset, _kept_weights(model):
         if min(chunk, len(rows)) > 1 and gather is None:
             # an error: impossible for this loss, or one of its own, which comes again below
             with suppress(Exception):
@@ -372,46 +375,22 @@ def _losses(
 
 
 @contextmanager
-def _undisturbed(
-    model: nn.Module, params: list[nn.Parameter], random: RandomState
-) -> Iterator[Callable[[], None]]:
-    """Inside, weights may be exchanged and modes changed; afterwards all is as it was.
-
-    Weights and gradients are not written back: the original tensors return to their places. What is
-    yielded puts modes and random state back at once.
-    """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
+def _kept_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, weights may be exchanged; afterwards the original tensors are in their places."""
+    data = [(p, p.data) for p in model.parameters()]
     # update_bn takes BatchNorm's momentum away for the time of its pass
-    norms = [(m, m.momentum) for m in modules if isinstance(m, _BatchNorm)]
-    data, grads = [p.data for p in params], [p.grad for p in params]
-
-    def reset() -> None:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
-        random.restore()
-
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
-        for p in params:
-            p.grad = None
-        with torch.no_grad():
-            yield reset
+        yield
     finally:
-        for p, values, grad in zip(params, data, grads, strict=True):
-            p.data, p.grad = values, grad
+        for p, values in data:
+            p.data = values
         for norm, momentum in norms:
             norm.momentum = momentum
-        reset()
 
 
 def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1 or not loss.is_floating_point():
-        raise ValueError(
-            f"the loss must be a real scalar, got {loss.dtype} of shape {tuple(loss.shape)}"
-        )
-    return loss.detach().reshape(())
+    return check_scalar(loss).detach().reshape(())
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -452,11 +431,11 @@ def _tensors(name: str, value: Any) -> list[Tensor]:
     wrong = f"{name} must be a list of tensors, such as weights(model), or a flat vector (P,)"
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
         raise TypeError(f"{wrong}; got {type(value).__name__}")
-    found = list(value)
-    for i, t in enumerate(found):
+    tensors = list(value)
+    for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{wrong}; entry {i} is {type(t).__name__}")
-    return [t.detach() for t in found]
+    return [t.detach() for t in tensors]
 
 
 def _shaped(name: str, value: Point, like: Sequence[Tensor]) -> list[Tensor]:
@@ -469,15 +448,15 @@ def _shaped(name: str, value: Point, like: Sequence[Tensor]) -> list[Tensor]:
                 f"tensors; got {tuple(value.shape)}"
             )
         parts = value.detach().split(sizes)
-        found = [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+        tensors = [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
     else:
-        found = _tensors(name, value)
-    if len(found) != len(like):
-        raise ValueError(f"{name} must hold {len(like)} tensors, got {len(found)}")
-    for i, kinds in enumerate(zip(map(_kind, found), map(_kind, like), strict=True)):
+        tensors = _tensors(name, value)
+    if len(tensors) != len(like):
+        raise ValueError(f"{name} must hold {len(like)} tensors, got {len(tensors)}")
+    for i, kinds in enumerate(zip(map(_kind, tensors), map(_kind, like), strict=True)):
         if kinds[0] != kinds[1]:
             raise ValueError(f"{name}[{i}] must be {kinds[1]}, got {kinds[0]}")
-    return found
+    return tensors
 
 
 def _kind(t: Tensor) -> str:
@@ -486,16 +465,17 @@ def _kind(t: Tensor) -> str:
 
 def _numbers(name: str, value: Any) -> Tensor:
     try:
-        found = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a sequence of numbers, got {value!r:.100}") from None
-    if found.ndim != 1 or not len(found):
+    if numbers.ndim != 1 or not len(numbers):
         raise ValueError(
-            f"{name} must be a sequence of one or more numbers, got shape {tuple(found.shape)}"
+            f"{name} must be a sequence of one or more numbers, got shape {tuple(numbers.shape)}"
         )
-    if not bool(torch.isfinite(found).all()):
-        raise ValueError(f"{name} must be finite, got {found[~torch.isfinite(found)][0].item()}")
-    return found
+    wrong = numbers[~torch.isfinite(numbers)]
+    if len(wrong):
+        raise ValueError(f"{name} must be finite, got {wrong[0].item()}")
+    return numbers
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def mlp(
     sizes: Sequence[int],
     activation: str = "tanh",
     *,
+    norm: str = "none",
     init: str = "torch",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -46,22 +47,26 @@ def mlp(
     Args:
         sizes: widths from input to output, such as (784, 200, 200, 10).
         activation: a key of `ACTIVATIONS`, between all layers.
+        norm: "batch" puts batch norm before each activation; "none" nothing.
         init: one of `INITS`.
         seed: determines the initial weights.
 
     Raises:
-        ValueError: fewer than two sizes, a size below 1, an unknown activation or init.
+        ValueError: fewer than two sizes, a size below 1, an unknown activation, norm or init.
     """
     sizes = [int(size) for size in sizes]
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes must be two or more positive integers, got {sizes}")
     act = _named("activation", activation, ACTIVATIONS)
+    normed = _named("norm", norm, {"none": False, "batch": True})
 
     def build() -> list[nn.Module]:
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), act()]
-        return layers[:-1]
+        for fan_in, fan_out in pairwise(sizes[:-1]):
+            layers.append(nn.Linear(fan_in, fan_out))
+            layers += [nn.BatchNorm1d(fan_out)] if normed else []
+            layers.append(act())
+        return [*layers, nn.Linear(sizes[-2], sizes[-1])]
 
     return _initialised(build, init, seed).to(device, dtype)
 
@@ -337,7 +342,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norms[0](x))
-        return x + self.network(self.norms[1](x))
+        out: Tensor = x + self.network(self.norms[1](x))
+        return out
 
     def attention(self, x: Tensor) -> Tensor:
         """Written out, since fused attention has no second derivative."""
@@ -346,7 +352,8 @@ class Block(nn.Module):
         scores = q @ k.mT / q.shape[-1] ** 0.5
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 def _linear(fan_in: int, fan_out: int, gain: float = 1.0) -> nn.Linear:

@@ -12,30 +12,24 @@ before after every pass, also after an exception.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sam_lab.state import RandomState, kept_buffers
+from sam_lab._checks import check_loss
+from sam_lab.state import RandomState, undisturbed
 
-__all__ = [
-    "Batches",
-    "Gradient",
-    "Objective",
-    "check_integer",
-    "check_loss",
-    "check_positive",
-]
+__all__ = ["Batches", "Closure", "Gradient", "Objective"]
 
 Closure = Callable[[], Tensor]
-Gradient = Sequence[Tensor | None]  # one entry a parameter; None where the loss does not use it
+"""Evaluates the loss at the current values of the parameters and returns it, a scalar tensor; no
+`backward` inside."""
+Gradient = Sequence[Tensor | None]
+"""One entry a parameter; None where the loss does not use it."""
 
 
 class Objective:
@@ -67,7 +61,7 @@ class Objective:
         self.model = model
         self._sizes = [p.numel() for p in self.params]
         self.size = sum(self._sizes)
-        self._random = self._random_state()
+        self._random = RandomState([self.device], self._batches.generators)
 
     def differentiate(self, closure: Closure, create_graph: bool) -> tuple[float, Gradient]:
         """Loss and gradient of one batch, checked."""
@@ -112,37 +106,16 @@ class Objective:
 
     @contextmanager
     def undisturbed(self) -> Iterator[Batches]:
-        """One pass over the data inside, from the frozen random state; then all is as before.
-
-        Gradients, as buffers, are not saved and written back but swapped: the original tensors,
-        which nobody has touched, return to their places.
-        """
-        modules = list(self.model.modules()) if self.model is not None else []
-        modes = [module.training for module in modules]
-        owners = [*self.params, *(self.model.parameters() if self.model is not None else [])]
-        grads = [owner.grad for owner in owners]
-        now = self._random_state()
-        try:
-            for owner in owners:
-                owner.grad = None
+        """One pass over the data inside, from the frozen random state; then all is as before."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            undisturbed(self.model, self.params, self._batches.generators),
+            torch.autocast(self.device.type, enabled=False),
+            sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
+        ):
             self._random.restore()
-            with (
-                kept_buffers(self.model),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.autocast(self.device.type, enabled=False),
-                sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
-            ):
-                yield self._batches
-        finally:
-            for module, training in zip(modules, modes, strict=True):
-                module.training = training
-            for owner, grad in zip(owners, grads, strict=True):
-                owner.grad = grad
-            now.restore()
-
-    def _random_state(self) -> RandomState:
-        return RandomState([self.device], self._batches.generators)
+            yield self._batches
 
     def versions(self) -> tuple[int, ...]:
         """A key that changes when parameters, buffers or modes do, as far as torch counts it."""
@@ -193,8 +166,8 @@ class Batches:
         self.single = count == 1
         self.batches, self.loss_fn = batches, loss_fn
         owners = (batches, getattr(batches, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
-        self.generators = [g for g in found if isinstance(g, torch.Generator)]
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        self.generators = [g for g in generators if isinstance(g, torch.Generator)]
 
     def __iter__(self) -> Iterator[tuple[int, Closure]]:
         empty = True
@@ -252,58 +225,3 @@ def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:
     if len({id(p) for p in params}) < len(params):
         raise ValueError("params holds the same tensor twice")
     return params
-
-
-def check_loss(loss: Any) -> float:
-    """The loss as a number; TypeError, ValueError or FloatingPointError if it is not usable."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1 or not loss.is_floating_point():
-        raise ValueError(
-            f"the loss must be a real scalar, got {loss.dtype} of shape {tuple(loss.shape)}"
-        )
-    value = loss.detach().item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is not finite ({value})")
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss does not require grad: it depends on none of the parameters, "
-            "or was detached or computed under torch.no_grad()"
-        )
-    return value
-
-
-def check_integer(
-    name: str, value: Any, least: int, most: float = math.inf, what: str = "an integer"
-) -> int:
-    """The argument as an int; ValueError unless it is one between `least` and `most`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not least <= value <= most:
-        between = f"between {least} and {most}" if most < math.inf else f"of at least {least}"
-        raise ValueError(f"{name} must be {what} {between}, got {value!r}")
-    return int(value)
-
-
-def check_positive(name: str, value: Any) -> float:
-    """The argument as a float; ValueError unless it is a finite number above 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return float(value)
-
-
-def check_examples(x: Any, y: Any) -> None:
-    """TypeError unless x and y are tensors; ValueError unless they hold one entry an example."""
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise TypeError(f"x and y must be tensors, got {type(x).__name__} and {type(y).__name__}")
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
-        raise ValueError(
-            "x and y must hold one entry an example, at least one, got shapes "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
-        )
-
-
-def check_nonnegative(name: str, value: Any) -> float:
-    """The argument as a float; ValueError unless it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return float(value)

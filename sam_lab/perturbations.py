@@ -12,8 +12,11 @@ rule                epsilon                     the maximiser of $g \cdot \epsil
 `asam`              rho T² g / |T g|            the ellipsoid $\|T^{-1} \epsilon\| \le \rho$
 `sam_linf`          rho sign(g)                 the cube, each entry at most rho
 `unnormalized`      rho g                       the ball of radius rho |g|
+`awp`               rho |w| g / |g|             a ball of radius rho |w| around each weight tensor
 `random_direction`  rho z / |z|, z Gaussian     none: the control
 ==================  ==========================  ====================================================
+
+`dithered` is another rule rounded so that weights of half precision take it up.
 
 What all rules keep:
 
@@ -43,6 +46,8 @@ from torch import Tensor
 __all__ = [
     "Rule",
     "asam",
+    "awp",
+    "dithered",
     "global_norm",
     "is_weight",
     "random_direction",
@@ -142,6 +147,30 @@ def unnormalized(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius)
     return _scaled(grads, rho, global_norm(grads), unit=True)
 
 
+def awp(params: Sequence[Tensor], grads: Sequence[Tensor], rho: Radius) -> list[Tensor]:
+    r"""Adversarial weight perturbation: $\epsilon_l = \gamma \|w_l\| g_l / \|g_l\|$ for a weight.
+
+    Each weight has a ball of its own, as large as the weight is long, times $\gamma$ (here `rho`);
+    biases and the scales of norm layers are left where they are.
+
+    Source: Wu et al. 2020 (arXiv:2004.05884), with one step of the ascent, as in their code.
+
+    Example:
+        >>> w, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])
+        >>> awp([w], [g], rho=0.1)
+        [tensor([[0.0000, 0.5000]])]
+    """
+    grads = _wide(grads)
+    finite = global_norm(grads) < math.inf  # of all: one that is not stops every weight
+    radii = rho if isinstance(rho, Sequence) else [rho] * len(grads)
+    epsilon = []
+    for w, g, radius in zip(params, grads, radii, strict=True):
+        length = global_norm([g])
+        (e,) = steepest([g], radius, torch.where(finite.to(length.device), length, 0))
+        epsilon.append(e * (global_norm([w]) if is_weight(w) else 0))
+    return epsilon
+
+
 def random_direction(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -171,6 +200,43 @@ def random_direction(
     # the gradient decides here too whether there is a step at all
     usable = _usable(global_norm(grads))
     return steepest(z, rho, torch.where(usable, global_norm(z), 0))
+
+
+def dithered(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: Radius,
+    *,
+    rule: Rule = sam,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    r"""Another rule's perturbation, such that weights of half precision are right on average.
+
+    Such weights are far apart: most of a perturbation is less than half the way to the next one,
+    and rounded away. Here $w + \epsilon$ is one of the two neighbours of what the rule asks for,
+    drawn with the probabilities that make the mean right. What this adds is noise, nearly
+    orthogonal to the rule's perturbation. Parameters of other precision have that as it is.
+
+    Args:
+        rule: what is rounded, a rule without a state: ``partial(dithered, rule=asam)``.
+        generator: the source of the noise.
+    """
+    return [
+        _to_neighbours(shard(p), shard(e), generator) if p.dtype in HALF else e
+        for p, e in zip(params, rule(params, grads, rho), strict=True)
+    ]
+
+
+def _to_neighbours(p: Tensor, epsilon: Tensor, generator: torch.Generator) -> Tensor:
+    """What leads from p to a neighbour of p + epsilon in the dtype of p; float32."""
+    here = p.detach().float()
+    there, kind = here + epsilon, torch.finfo(p.dtype)
+    exponent = torch.frexp(there).exponent - 1
+    unit = torch.ldexp(torch.full_like(there, kind.eps), exponent)
+    units = there / unit.clamp_min_(kind.smallest_normal * kind.eps)
+    below = units.floor()
+    noise = torch.rand(p.shape, generator=generator, device=generator.device).to(units)
+    return (below + (noise < units - below)) * unit - here
 
 
 def steepest(
@@ -224,7 +290,8 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _usable(norm: Tensor) -> Tensor:
     # in a norm below this the squares have underflown, and rho / norm could overflow
-    return (norm > torch.finfo(norm.dtype).smallest_normal ** 0.5) & (norm < math.inf)
+    smallest: float = torch.finfo(norm.dtype).smallest_normal ** 0.5
+    return (norm > smallest) & (norm < math.inf)
 
 
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -256,3 +323,8 @@ def _scaled(
             return [torch.zeros_like(e) for e in scaled]
     # zero times infinity is not zero, so those entries have to be chosen, not multiplied
     return [torch.where(usable.to(e.device), e, 0) for e in scaled]
+
+
+def shard(t: Tensor) -> Tensor:
+    """The part of a sharded tensor (`DTensor`) that this process has; all of any other."""
+    return t.to_local() if hasattr(t, "to_local") else t

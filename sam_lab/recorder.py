@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_lab._checks import check_integer
 from sam_lab.curvature import Hessian
 from sam_lab.eigensolvers import inner
-from sam_lab.objective import check_integer
+from sam_lab.objective import Closure
 from sam_lab.perturbations import sam as sam_rule
 from sam_lab.perturbations import unnormalized
 from sam_lab.sam import SAM
@@ -110,7 +110,7 @@ class EdgeRecorder:
     def __init__(
         self,
         optimizer: SAM | torch.optim.Optimizer,
-        closure: Callable[[], Tensor] | Hessian,
+        closure: Closure | Hessian,
         *,
         every: int = 1,
         tol: float = 1e-2,

@@ -23,22 +23,21 @@ has it in both; to have that, leave it out of the optimizer and add it to the lo
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sam_lab.perturbations import HALF, Rule, global_norm, sam
-from sam_lab.state import RandomState, kept_buffers
+from sam_lab._checks import check_nonnegative
+from sam_lab.objective import Closure
+from sam_lab.perturbations import HALF, Rule, dithered, global_norm, sam, shard
+from sam_lab.state import RandomState, kept_buffers, load_optimizer
 
 __all__ = ["SAM"]
-
-Closure = Callable[[], Tensor]
 
 
 class SAM:
@@ -64,9 +63,7 @@ class SAM:
         sync: under DistributedDataParallel (give it as `model`), whether `step` perturbs every
             process along the gradient of the whole batch. If not, each perturbs along that of its
             own part ("m-sharpness", Foret et al. 2021), which saves one all-reduce a step. Not
-            with `static_graph=True`, which torch's `no_sync` does not bear.
-        dither: for parameters of half precision, round the perturbed weights up or down at random
-            so that on average they are right. Draws from the generator.
+            with `static_graph=True`, which torch's `no_sync` does not support.
 
     Attributes:
         steps: how many steps the optimizer has taken since.
@@ -74,8 +71,8 @@ class SAM:
     In half precision most of a perturbation is lost: bfloat16 has 8 bits, and a change of a weight
     by less than half a unit in the last place is rounded away. Keep the parameters in float32 and
     compute in `torch.autocast`: what it rounds then is noise beside the perturbation, not the
-    perturbation itself, whose mean stays. Where parameters must be of half precision, `dither` does
-    the same for them. Without it, such parameters cause a warning.
+    perturbation itself, whose mean stays. Where parameters must be of half precision, the rule
+    `perturbations.dithered` does the same for them. Without it, such parameters cause a warning.
 
     Raises:
         TypeError, ValueError: an argument, or a parameter, is not as described.
@@ -99,54 +96,24 @@ class SAM:
         generator: torch.Generator | None = None,
         same_rng: bool = True,
         sync: bool = True,
-        dither: bool = False,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                "optimizer must be a torch.optim.Optimizer, ready made: "
-                f"SAM(torch.optim.SGD(model.parameters(), lr=0.1)); got {optimizer!r:.80}"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(
-                "optimizer must step along one gradient, which LBFGS does not: it evaluates the "
-                "loss as often as it likes"
-            )
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
-        if not callable(rule):
-            raise TypeError(f"rule must be a function of sam_lab.perturbations, got {rule!r:.80}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r:.80}")
-        if not sync and not hasattr(model, "no_sync") and _processes() > 1:
-            raise ValueError(
-                "sync=False needs model=, wrapped in DistributedDataParallel: it is the wrapper "
-                f"that can leave gradients apart; got {type(model).__name__}"
-            )
-        drawing = inspect.signature(rule).parameters.get("generator")
-        if generator is None and (dither or (drawing and drawing.default is drawing.empty)):
-            who = "dither" if dither else f"the rule {_rule_name(rule)}"
-            raise ValueError(f"{who} draws random numbers: give generator=torch.Generator()")
+        _check_arguments(optimizer, model, rule, generator, sync)
         self.optimizer, self.rho, self.model, self.rule = optimizer, rho, model, rule
-        self.generator, self.same_rng, self.sync, self.dither = generator, same_rng, sync, dither
+        self.generator, self.same_rng, self.sync = generator, same_rng, sync
         self.steps = 0
-        self._draws = drawing is not None and generator is not None
+        self._draws = generator is not None and "generator" in inspect.signature(rule).parameters
         self._skipped = 0
         self._unread: Tensor | None = None  # skipped on an accelerator, not yet asked for
         self._inside = False
         modules = () if model is None else model.modules()
         self._sharded: list[Any] = [module for module in modules if hasattr(module, "reshard")]
-        self.radii()
-        if not dither and any(p.dtype in HALF for p in self.params):
-            warnings.warn(
-                "some parameters are of half precision, which rounds most of a perturbation away: "
-                "keep them in float32 and compute in torch.autocast, or give SAM dither=True",
-                stacklevel=2,
-            )
+        self.radii()  # a bad one is an error now
+        _warn_of_half_precision(self.params, rule)
         self._watch()
 
-    def step(
-        self, closure: Callable[[], Tensor] | Iterable[Callable[[], Tensor]], perturb: str = "batch"
-    ) -> Tensor:
+    # --- the step ---------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | Iterable[Closure], perturb: str = "batch") -> Tensor:
         """One step: the gradient at w, the gradient at w + eps, the optimizer's step from w.
 
         Args:
@@ -175,16 +142,7 @@ class SAM:
             TypeError, ValueError: a closure returns no scalar loss, has called backward on it, or
                 is none; a gradient is sparse.
         """
-        if perturb not in ("batch", "micro"):
-            raise ValueError(f'perturb must be "batch" or "micro", got {perturb!r}')
-        try:
-            closures = [closure] if callable(closure) else list(closure)
-        except TypeError:
-            closures = []
-        if not closures or not all(map(callable, closures)):
-            raise TypeError(
-                f"closure must be a function or a list of functions, got {closure!r:.80}"
-            )
+        closures = _checked_closures(closure, perturb)
         with torch.enable_grad():
             if not any(self.radii()):
                 self._clear()
@@ -195,6 +153,33 @@ class SAM:
                 loss = self._two_passes_each(closures)
         self._finish()
         return loss
+
+    def _two_passes(self, closures: Sequence[Closure]) -> Tensor:
+        """The loss at w; the gradient at w + eps is in `.grad` afterwards."""
+        before = self.random_state() if self.same_rng else None
+        self._clear()
+        with self._unsynced():
+            loss = self._backward(closures)
+        with self.perturbed(random_state=before):
+            self._backward(closures)
+        return loss
+
+    def _two_passes_each(self, closures: Sequence[Closure]) -> Tensor:
+        """The same with a perturbed point of its own for each closure, gradients averaged."""
+        params = self.params
+        # sums of our own: DistributedDataParallel may write the next gradients over these
+        sums: list[Tensor | None] = [None] * len(params)
+        losses = []
+        for closure in closures:
+            losses.append(self._two_passes([closure]))
+            for i, p in enumerate(params):
+                if p.grad is not None:
+                    part = p.grad / len(closures)
+                    total = sums[i]
+                    sums[i] = part if total is None else total.add_(part)
+        for p, total in zip(params, sums, strict=True):
+            p.grad = total
+        return torch.stack(losses).mean()
 
     @contextmanager
     def perturbed(
@@ -225,31 +210,98 @@ class SAM:
         """
         if self._inside:
             raise RuntimeError("perturbed() inside perturbed(): the weights are at w + eps already")
-        params, epsilon = self._perturbation(grads, scale)
+        moved = self._moved(*self._perturbation(grads, scale))
         if grads is None:
             self._clear()
-        saved: list[Tensor] = []
-        with ExitStack() as stack:
-            stack.callback(self._restore, params, saved)
-            self._inside = True
-            with torch.no_grad():
-                copies = [torch.empty_like(p) for p in params]
-                if params:
-                    torch._foreach_copy_(copies, params)
-                saved.extend(copies)  # from here on there is something to restore
-                self._add(params, epsilon)
-            del epsilon
-            self._forget_copies()
-            if random_state is not None:
-                stack.callback(self.random_state().restore)
-                random_state.restore()
-            stack.enter_context(kept_buffers(self.model))
-            stack.callback(self.optimizer.register_step_pre_hook(_refuse).remove)
+        with (
+            moved,
+            self._replayed(random_state),
+            kept_buffers(self.model),
+            self.optimizer.register_step_pre_hook(_refuse),
+        ):
             yield
 
-    def random_state(self) -> RandomState:
-        """The state of all random numbers now, to be given to `perturbed`."""
-        return RandomState({p.device for p in self.params})
+    @contextmanager
+    def _moved(self, params: list[Tensor], epsilon: list[Tensor]) -> Iterator[None]:
+        """The weights at w + eps inside, and exactly as they were afterwards."""
+        saved = [torch.empty_like(p) for p in params]
+        with torch.no_grad():
+            if params:
+                torch._foreach_copy_(saved, params)
+        try:
+            self._inside = True
+            with torch.no_grad():
+                if params:
+                    torch._foreach_add_(params, epsilon)
+            del epsilon
+            self._forget_copies()
+            yield
+        finally:
+            with torch.no_grad():
+                if params:
+                    torch._foreach_copy_(params, saved)
+            self._forget_copies()
+            self._inside = False
+
+    @contextmanager
+    def _replayed(self, before: RandomState | None) -> Iterator[None]:
+        """Random numbers from that state on inside; afterwards as if it had not run."""
+        if before is None:
+            yield
+            return
+        now = self.random_state()
+        try:
+            before.restore()
+            yield
+        finally:
+            now.restore()
+
+    def _perturbation(
+        self, grads: Sequence[Tensor | None] | None, scale: float | Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights to perturb, of parameters with a gradient and a radius, and by what.
+
+        Sharded ones (`DTensor`) as the shards of this process.
+        """
+        all_params = self.params
+        if grads is None:
+            grads = [p.grad for p in all_params]
+        elif len(grads) != len(all_params):
+            raise ValueError(
+                f"grads must have one entry for each of the {len(all_params)} parameters that "
+                f"require grad, got {len(grads)}"
+            )
+        radii_of = self.radii()
+        if any(radii_of) and all(g is None for g in grads):
+            raise RuntimeError(
+                "no parameter has a gradient: perturbed() needs a backward before it"
+            )
+        params, directions, radii = [], [], []
+        for p, g, radius in zip(all_params, grads, radii_of, strict=True):
+            if g is None or radius == 0:
+                continue
+            self._check_kind(p, g)
+            if g.shape != p.shape:
+                raise ValueError(
+                    f"grads: {self._name(p)} has the shape {tuple(p.shape)}, its gradient "
+                    f"{tuple(g.shape)}"
+                )
+            params.append(p)
+            directions.append(g)
+            radii.append(radius)
+        if not params:
+            return [], []
+        with torch.no_grad():
+            if scale is not None:
+                # of float16 gradients the quotient would underflow
+                directions = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in directions]
+                directions = [g / scale for g in directions]
+            rho = radii[0] if len(set(radii)) == 1 else radii
+            drawn = {"generator": self.generator} if self._draws else {}
+            epsilon = self.rule(params, directions, rho, **drawn)
+            return [shard(p) for p in params], [shard(e) for e in epsilon]
+
+    # --- what is perturbed ------------------------------------------------------------------------
 
     @property
     def params(self) -> list[Tensor]:
@@ -261,15 +313,19 @@ class SAM:
     def radii(self) -> list[float]:
         """The radius that the next step has for each of `params`."""
         if callable(self.rho):
-            rho = _check_radius(f"rho({self.steps})", self.rho(self.steps))
+            rho = check_nonnegative(f"rho({self.steps})", self.rho(self.steps))
         else:
-            rho = _check_radius("rho", self.rho)
+            rho = check_nonnegative("rho", self.rho)
         radii = []
         for i, group in enumerate(self.optimizer.param_groups):
             own = None if "rho" in self.optimizer.defaults else group.get("rho")
-            radius = rho if own is None else _check_radius(f"rho of parameter group {i}", own)
+            radius = rho if own is None else check_nonnegative(f"rho of parameter group {i}", own)
             radii += [radius for p in group["params"] if p.requires_grad]
         return radii
+
+    def random_state(self) -> RandomState:
+        """The state of all random numbers now, to be given to `perturbed`."""
+        return RandomState({p.device for p in self.params})
 
     @property
     def skipped(self) -> int:
@@ -278,6 +334,8 @@ class SAM:
             self._skipped += int(self._unread)
             self._unread = None
         return self._skipped
+
+    # --- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint has to hold besides the model, the optimizer's state included.
@@ -323,7 +381,7 @@ class SAM:
         try:
             if was is not None:
                 rule.load_state_dict(state["rule"])
-            self._load_optimizer(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         except Exception:
             if was is not None:
                 rule.load_state_dict(was)
@@ -337,49 +395,7 @@ class SAM:
         self.__dict__.update(state)
         self._watch()
 
-    def __repr__(self) -> str:
-        name = type(self.optimizer).__name__
-        return f"SAM({name}, rho={self.rho}, rule={_rule_name(self.rule)})"
-
-    def _load_optimizer(self, state: Any) -> None:
-        """Torch's own loading takes the state of another kind of optimizer, and breaks on it."""
-        optimizer = self.optimizer
-        was = optimizer.state, optimizer.param_groups
-        try:
-            optimizer.load_state_dict(state)
-            if any(set(optimizer.defaults) - set(group) for group in optimizer.param_groups):
-                raise ValueError("its parameter groups have other settings")
-        except Exception as error:
-            optimizer.state, optimizer.param_groups = was
-            name = type(optimizer).__name__
-            raise ValueError(f"state is not of an optimizer like this {name}: {error!r}") from error
-
-    # --- the passes ------------------------------------------------------------------------------
-
-    def _two_passes(self, closures: Sequence[Closure]) -> Tensor:
-        before = self.random_state() if self.same_rng else None
-        self._clear()
-        with self._unsynced():
-            loss = self._backward(closures)
-        with self.perturbed(random_state=before):
-            self._backward(closures)
-        return loss
-
-    def _two_passes_each(self, closures: Sequence[Closure]) -> Tensor:
-        params = self.params
-        # sums of our own: DistributedDataParallel may write the next gradients over these
-        sums: list[Tensor | None] = [None] * len(params)
-        losses = []
-        for closure in closures:
-            losses.append(self._two_passes([closure]))
-            for i, p in enumerate(params):
-                if p.grad is not None:
-                    part = p.grad / len(closures)
-                    total = sums[i]
-                    sums[i] = part if total is None else total.add_(part)
-        for p, total in zip(params, sums, strict=True):
-            p.grad = total
-        return torch.stack(losses).mean()
+    # --- gradients --------------------------------------------------------------------------------
 
     def _backward(self, closures: Sequence[Closure]) -> Tensor:
         """The mean loss, detached; its gradient is added to `.grad`."""
@@ -438,52 +454,11 @@ class SAM:
         missed = (~finite).long()
         self._unread = missed if self._unread is None else self._unread + missed
 
-    # --- the perturbation ------------------------------------------------------------------------
+    # --- around the step --------------------------------------------------------------------------
 
-    def _perturbation(
-        self, grads: Sequence[Tensor | None] | None, scale: float | Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights to perturb, of parameters with a gradient and a radius, and by what.
-
-        Sharded ones (`DTensor`) as the shards of this process.
-        """
-        all_params = self.params
-        if grads is None:
-            grads = [p.grad for p in all_params]
-        elif len(grads) != len(all_params):
-            raise ValueError(
-                f"grads must have one entry for each of the {len(all_params)} parameters that "
-                f"require grad, got {len(grads)}"
-            )
-        radii_of = self.radii()
-        if any(radii_of) and all(g is None for g in grads):
-            raise RuntimeError(
-                "no parameter has a gradient: perturbed() needs a backward before it"
-            )
-        params, directions, radii = [], [], []
-        for p, g, radius in zip(all_params, grads, radii_of, strict=True):
-            if g is None or radius == 0:
-                continue
-            self._check_kind(p, g)
-            if g.shape != p.shape:
-                raise ValueError(
-                    f"grads: {self._name(p)} has the shape {tuple(p.shape)}, its gradient "
-                    f"{tuple(g.shape)}"
-                )
-            params.append(p)
-            directions.append(g)
-            radii.append(radius)
-        if not params:
-            return [], []
-        with torch.no_grad():
-            if scale is not None:
-                # of float16 gradients the quotient would underflow
-                directions = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in directions]
-                directions = [g / scale for g in directions]
-            rho = radii[0] if len(set(radii)) == 1 else radii
-            drawn = {"generator": self.generator} if self._draws else {}
-            epsilon = self.rule(params, directions, rho, **drawn)
-            return [_local(p) for p in params], [_local(e) for e in epsilon]
+    def __repr__(self) -> str:
+        name = type(self.optimizer).__name__
+        return f"SAM({name}, rho={self.rho}, rule={_rule_name(self.rule)})"
 
     def _check_kind(self, p: Tensor, g: Tensor) -> None:
         if g.layout != torch.strided or g.is_complex():
@@ -491,24 +466,6 @@ class SAM:
                 "SAM needs dense and real gradients; that of "
                 f"{self._name(p)} is {g.dtype}, {g.layout} (an embedding: give sparse=False)"
             )
-
-    def _add(self, params: list[Tensor], epsilon: list[Tensor]) -> None:
-        if not self.dither:
-            if params:
-                torch._foreach_add_(params, epsilon)
-            return
-        for p, e in zip(params, epsilon, strict=True):
-            if p.dtype in HALF:
-                p.copy_(_dithered(p.float() + e, p.dtype, self.generator))
-            else:
-                p.add_(e)
-
-    def _restore(self, params: list[Tensor], saved: list[Tensor]) -> None:
-        with torch.no_grad():
-            if saved:
-                torch._foreach_copy_(params, saved)
-        self._forget_copies()
-        self._inside = False
 
     def _forget_copies(self) -> None:
         """Drop the copies that a forward would take in place of weights that have changed."""
@@ -545,22 +502,6 @@ def _processes() -> int:
     return distributed.get_world_size() if ready else 1
 
 
-def _local(t: Tensor) -> Tensor:
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def _dithered(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Rounded to `dtype`, up or down with the probabilities that make the mean right."""
-    exponent = torch.frexp(values).exponent - 1
-    unit = torch.ldexp(torch.full_like(values, torch.finfo(dtype).eps), exponent)
-    unit = unit.clamp_min(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
-    assert generator is not None
-    noise = torch.rand(values.shape, generator=generator, device=generator.device).to(values)
-    units = values / unit
-    below = units.floor()
-    return ((below + (noise < units - below)) * unit).to(dtype)
-
-
 def _rule_name(rule: Rule) -> str:
     return getattr(rule, "__name__", None) or repr(rule)
 
@@ -572,11 +513,56 @@ def _refuse(*_: Any) -> None:
     )
 
 
-def _check_radius(name: str, value: Any) -> float:
+# --- what comes in --------------------------------------------------------------------------------
+
+
+def _check_arguments(optimizer: Any, model: Any, rule: Any, generator: Any, sync: bool) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, ready made: "
+            f"SAM(torch.optim.SGD(model.parameters(), lr=0.1)); got {optimizer!r:.80}"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer must step along one gradient, which LBFGS does not: it evaluates the "
+            "loss as often as it likes"
+        )
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if not callable(rule):
+        raise TypeError(f"rule must be a function of sam_lab.perturbations, got {rule!r:.80}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r:.80}")
+    if not sync and not hasattr(model, "no_sync") and _processes() > 1:
+        raise ValueError(
+            "sync=False needs model=, wrapped in DistributedDataParallel: it is the wrapper "
+            f"that can leave gradients apart; got {type(model).__name__}"
+        )
+    drawing = inspect.signature(rule).parameters.get("generator")
+    if generator is None and drawing and drawing.default is drawing.empty:
+        raise ValueError(
+            f"the rule {_rule_name(rule)} draws random numbers: give generator=torch.Generator()"
+        )
+
+
+def _warn_of_half_precision(params: Sequence[Tensor], rule: Rule) -> None:
+    if getattr(rule, "func", rule) is dithered:  # a partial has the rule inside
+        return
+    if any(p.dtype in HALF for p in params):
+        warnings.warn(
+            "some parameters are of half precision, which rounds most of a perturbation away: "
+            "keep them in float32 and compute in torch.autocast, or give SAM rule=dithered",
+            stacklevel=3,
+        )
+
+
+def _checked_closures(closure: Any, perturb: str) -> list[Closure]:
+    if perturb not in ("batch", "micro"):
+        raise ValueError(f'perturb must be "batch" or "micro", got {perturb!r}')
     try:
-        radius = float(value)
-    except (TypeError, ValueError):
-        radius = math.nan
-    if isinstance(value, (bool, str)) or not 0 <= radius < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r:.80}")
-    return radius
+        closures = [closure] if callable(closure) else list(closure)
+    except TypeError:
+        closures = []
+    if not closures or not all(map(callable, closures)):
+        raise TypeError(f"closure must be a function or a list of functions, got {closure!r:.80}")
+    return closures

@@ -328,10 +328,10 @@ def _rows(x: Any) -> np.ndarray:
         raise ValueError(f"x must have one row an example, (n, d); got shape {x.shape}")
     if len(x) > _MOST_EXAMPLES:
         raise ValueError(f"x may have at most {_MOST_EXAMPLES} rows, got {len(x)}")
-    x = x.astype(np.float64)
-    if not np.isfinite(x).all() or not x.any():
+    rows: np.ndarray = x.astype(np.float64)
+    if not np.isfinite(rows).all() or not rows.any():
         raise ValueError("x must be finite and not zero everywhere")
-    return x
+    return rows
 
 
 def _check_number(name: str, value: Any, **bounds: Any) -> None:

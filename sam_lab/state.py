@@ -1,9 +1,14 @@
-"""What a pass over the data changes besides gradients: random state, buffers and modes, kept."""
+"""State that is kept, or taken up whole.
+
+What a pass over the data changes besides gradients (random state, buffers, modes) is as it was
+afterwards; the state of an optimizer is loaded entirely or not at all.
+"""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "evaluating", "kept_buffers"]
+__all__ = ["RandomState", "evaluating", "kept_buffers", "load_optimizer", "undisturbed"]
 
 
 class RandomState:
@@ -52,13 +57,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     ``model.train()`` would not do: it wakes batch norms that were frozen.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    reset = _modes(model)
     try:
         model.eval()
         yield
     finally:
+        reset()
+
+
+def _modes(model: nn.Module | None) -> Callable[[], None]:
+    """What gives each module the mode again that it has now."""
+    modules = model.modules() if model is not None else ()
+    modes = [(module, module.training) for module in modules]
+
+    def reset() -> None:
         for module, training in modes:
             module.training = training
+
+    return reset
 
 
 @contextmanager
@@ -83,3 +99,64 @@ def kept_buffers(model: nn.Module | None) -> Iterator[None]:
             if live or own:  # a module may have made its first one inside
                 live.clear()
                 live.update(own)
+
+
+@contextmanager
+def undisturbed(
+    model: nn.Module | None,
+    tensors: Iterable[Tensor] = (),
+    generators: Iterable[torch.Generator] = (),
+) -> Iterator[Callable[[], None]]:
+    """Inside, passes through the model; afterwards nobody can tell that there were any.
+
+    Random state, gradients, buffers and modes are as before, also after an exception. Gradients, as
+    buffers, are not saved and written back but swapped: inside there are none, and afterwards the
+    original tensors, which nobody has touched, return to their places.
+
+    Args:
+        model: the module whose gradients, buffers and modes are kept; None for none.
+        tensors: others whose gradients are kept. Random state is that of all their devices too.
+        generators: those whose state is kept besides the global ones.
+
+    Yields:
+        A function that puts random state and modes back at once, for the next pass inside.
+    """
+    owners = [*tensors, *(model.parameters() if model is not None else ())]
+    grads = [owner.grad for owner in owners]
+    random_state = RandomState({owner.device for owner in owners}, generators)
+    modes = _modes(model)
+
+    def reset() -> None:
+        modes()
+        random_state.restore()
+
+    try:
+        for owner in owners:
+            owner.grad = None
+        with kept_buffers(model):
+            yield reset
+    finally:
+        for owner, grad in zip(owners, grads, strict=True):
+            owner.grad = grad
+        reset()
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take up a copy of a state of `Optimizer.state_dict`; torch's own loading has two traps.
+
+    It keeps the tensors that it is given, so that two optimizers would write to one momentum. And
+    it takes the state of another kind of optimizer, to break on it at a later step.
+
+    Raises:
+        ValueError: the state is not of an optimizer of this kind over as many parameters. The
+            optimizer is as it was then.
+    """
+    was = optimizer.state, optimizer.param_groups
+    try:
+        optimizer.load_state_dict(copy.deepcopy(dict(state)))
+        if any(set(optimizer.defaults) - set(group) for group in optimizer.param_groups):
+            raise ValueError("its parameter groups have other settings")
+    except Exception as error:
+        optimizer.state, optimizer.param_groups = was
+        name = type(optimizer).__name__
+        raise ValueError(f"state is not of an optimizer like this {name}: {error!r}") from error

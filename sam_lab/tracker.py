@@ -16,13 +16,14 @@ other; each value is then right, to its residual, for one of the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from sam_lab._checks import check_integer, check_positive
 from sam_lab.curvature import Eigenpairs, Hessian
-from sam_lab.objective import check_integer, check_positive
+from sam_lab.objective import Closure
 
 __all__ = ["SharpnessTracker"]
 
@@ -61,7 +62,7 @@ class SharpnessTracker:
 
     def __init__(
         self,
-        closure: Callable[[], Tensor] | Hessian,
+        closure: Closure | Hessian,
         params: Iterable[Tensor] | None = None,
         k: int = 1,
         tol: float = 1e-2,

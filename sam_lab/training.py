@@ -34,12 +34,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_lab._checks import check_examples, check_integer, check_nonnegative
 from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
-from sam_lab.objective import check_examples, check_integer, check_nonnegative
+from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule, sam
 from sam_lab.sam import SAM
-from sam_lab.state import RandomState, evaluating
+from sam_lab.state import RandomState, evaluating, load_optimizer
 
 __all__ = [
     "Phase",
@@ -52,7 +53,7 @@ __all__ = [
     "evaluate",
     "late",
     "squared_error",
-    "steps",
+    "step_decay",
 ]
 
 Schedule = Callable[[float], float]
@@ -143,9 +144,9 @@ def cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def steps(factors: Mapping[float, float]) -> Schedule:
-    """A staircase: ``steps({0.3: 0.2, 0.6: 0.04})`` is a fifth of the learning rate from 30% of the
-    epochs on, and a twenty-fifth from 60% on.
+def step_decay(factors: Mapping[float, float]) -> Schedule:
+    """A staircase: ``step_decay({0.3: 0.2, 0.6: 0.04})`` is a fifth of the learning rate from 30%
+    of the epochs on, and a twenty-fifth from 60% on.
 
     Raises:
         ValueError: a key outside [0, 1], or a factor that is not above 0.
@@ -181,7 +182,7 @@ class Training:
             ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``.
         batch: examples a step. The last batch of an epoch is smaller where N does not divide.
         schedule: the factor of the learning rate in an epoch, a function of the share of the
-            epochs that are done: `constant`, `cosine`, `steps`.
+            epochs that are done: `constant`, `cosine`, `step_decay`.
         augment: ``augment(x, generator)`` changes a batch of inputs: `crop_and_flip`.
         carry: whether the state of the optimizer (momentum) survives from phase to phase. If not,
             every phase begins with an empty one, as where each phase has an optimizer of its own.
@@ -349,17 +350,11 @@ class Training:
                     f"schedule here have {present}"
                 )
         weights = copy.deepcopy(self.model.state_dict())
-        held = self.optimizer.state, self.optimizer.param_groups
         try:
             self.model.load_state_dict(state["model"])
-            # a copy, or both would write to the same momentum
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-            groups = self.optimizer.param_groups
-            if any(set(self.optimizer.defaults) - set(group) for group in groups):
-                raise ValueError("the optimizer is of another kind")
+            load_optimizer(self.optimizer, state["optimizer"])
         except Exception as error:
             self.model.load_state_dict(weights)
-            self.optimizer.state, self.optimizer.param_groups = held
             raise ValueError(f"state is of another model or optimizer: {error}") from error
         self.epoch, self.history = epoch, history
 
@@ -485,19 +480,19 @@ def _made(
 
 
 def _checked_phases(phases: Sequence[Phase]) -> tuple[Phase, ...]:
-    found = tuple(phases) if isinstance(phases, Iterable) else ()
-    if not found or not all(isinstance(phase, Phase) for phase in found):
+    listed = tuple(phases) if isinstance(phases, Iterable) else ()
+    if not listed or not all(isinstance(phase, Phase) for phase in listed):
         raise ValueError(f"phases must be a list of one Phase or more, got {phases!r:.80}")
-    if found[0].start != 0 or any(one.stop != two.start for one, two in pairwise(found)):
-        spans = ", ".join(f"[{phase.start}, {phase.stop})" for phase in found)
+    if listed[0].start != 0 or any(one.stop != two.start for one, two in pairwise(listed)):
+        spans = ", ".join(f"[{phase.start}, {phase.stop})" for phase in listed)
         raise ValueError(f"phases must follow each other from epoch 0 without a gap, got {spans}")
-    return found
+    return listed
 
 
 # --- without phases -------------------------------------------------------------------------------
 
 
-def descend(closure: Callable[[], Tensor], params: Sequence[Tensor], lr: float, steps: int) -> None:
+def descend(closure: Closure, params: Sequence[Tensor], lr: float, steps: int) -> None:
     """Plain gradient descent on ``closure()``, in place.
 
     Raises:

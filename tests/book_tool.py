@@ -1,6 +1,5 @@
-"""tools/book.py as a module, for the tests: it is a program and lies in no package."""
+"""The programs in tools/ as modules, for the tests: they lie in no package."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import pytest
 
 pytest.importorskip("nbclient")
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 
-_specification = importlib.util.spec_from_file_location("sam_lab_book", ROOT / "tools" / "book.py")
-book = importlib.util.module_from_spec(_specification)
-sys.modules["sam_lab_book"] = book
-_specification.loader.exec_module(book)
+import address  # noqa: E402
+
+import book  # noqa: E402
+
+__all__ = ["ROOT", "address", "book"]

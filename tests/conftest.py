@@ -58,3 +58,19 @@ def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.setenv("SAM_LAB_DATA", str(place))
             return Path(place)
     pytest.skip("no real MNIST and CIFAR-10 files (SAM_LAB_DATA, or ../shared/data)")
+
+
+@pytest.fixture(scope="module")
+def light_judges() -> Iterator[None]:
+    """Quick judges for the experiments on robustness; the real ones are tested where they live."""
+    from sam_lab.adversarial import pgd
+    from sam_lab.experiments.inputs import robustness
+
+    def light(model: Any, x: Any, y: Any, *, threat: Any, attacks: Any, seed: int) -> Any:
+        return pgd(model, x, y, threat, steps=5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robustness, "STEPS", 3)
+        patch.setattr(robustness, "RESTARTS", 1)
+        patch.setattr(robustness, "autoattack", light)
+        yield

@@ -162,11 +162,12 @@ def fsdp_accumulated(mine: Batch) -> dict[str, Any]:
     return {"weights": train(model, lambda: sam.step(closures, perturb="micro"), steps=10)}
 
 
-def fsdp_block(mine: Batch) -> dict[str, Any]:
+def fsdp_block(mine: Batch, dtype: torch.dtype, rule: Rule) -> dict[str, Any]:
     """The shards before, within and after a block in which nothing is done."""
-    model = sharded(network())
-    sam = SAM(sgd(model), RHO, model)
-    loss(model, mine).backward()
+    model = sharded(network().to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    sam = SAM(sgd(model), RHO, model, rule=rule, generator=generator)
+    loss(model, (mine[0].to(dtype), mine[1])).backward()
     before = shards(model)
     with sam.perturbed():
         inside = shards(model)
@@ -222,8 +223,10 @@ def scenarios() -> dict[str, Callable[[Batch], dict[str, Any]]]:
         "block": block,
         "fsdp sam": partial(fsdp, rule=perturbations.sam, steps=100),
         "fsdp asam": partial(fsdp, rule=perturbations.asam, steps=25),
+        "fsdp awp": partial(fsdp, rule=perturbations.awp, steps=25),
         "fsdp micro": fsdp_accumulated,
-        "fsdp block": fsdp_block,
+        "fsdp block": partial(fsdp_block, dtype=torch.float32, rule=perturbations.sam),
+        "fsdp dithered": partial(fsdp_block, dtype=torch.bfloat16, rule=perturbations.dithered),
         "fsdp evaluated": fsdp_evaluated,
         "fsdp random_direction": fsdp_random_direction,
         "fsdp broken": partial(broken, wrap=sharded, sync=True),

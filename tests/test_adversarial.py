@@ -538,16 +538,18 @@ def test_the_global_generator_goes_on_too_where_it_is_given():
 
 
 class Noisy(nn.Module):
-    """Draws from every global generator, in each mode, and fails at one of its calls."""
+    """Draws and writes to its buffer in each mode, and fails at one of its calls."""
 
     def __init__(self, fails_at=None):
         super().__init__()
         self.calls, self.fails_at = 0, fails_at
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
         if self.calls == self.fails_at:
             raise Failure
         self.calls += 1
+        self.seen += 1
         noise = random.random() + np.random.rand() + torch.rand(x.shape)
         return x + 1e-6 * noise
 
@@ -921,7 +923,7 @@ def test_another_port_of_autoattack_finds_as_much(four_digits):
 
 def test_without_its_package_autoattack_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ImportError, match=r"pip install \"sam-lab\[book\]\""):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[book\]'"):
         autoattack(network(), X, Y, 0.1)
 
 

@@ -30,12 +30,14 @@ def skip_without(package: str | None) -> None:
 
 
 def problem_of(name: str) -> bench.Problem:
+    """In float64: in float32 the last bits may decide which ReLUs of a ResNet open."""
     network = NETWORKS[name]
     skip_without(network.package)
     if name == "ResNet-18":
         # at 8 x 8 BatchNorm would have one value a channel in the last layers
-        network = replace(network, shape=(3, 16, 16), batch=8)
-    return bench.make_problem(network, CPU)
+        network = replace(network, shape=(3, 16, 16), batch=4)
+    problem = bench.make_problem(network, CPU)
+    return bench.Problem(problem.model.double(), problem.x.double(), problem.y)
 
 
 def weights_after(method: bench.Method, problem: bench.Problem) -> torch.Tensor:
@@ -55,6 +57,7 @@ def steps_on(name: str) -> tuple[bench.Problem, torch.Tensor, torch.Tensor]:
     return problem, weights_after(bench.PEERS[-1], problem), weights_after(bench.BASE, problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("method", SAME, ids=lambda m: f"{m.tool}, {m.how}")
 def test_every_method_takes_the_step_of_the_plain_loop(method, name) -> None:
@@ -228,6 +231,7 @@ def test_only_our_step_has_targets_and_only_resnet_one_for_time_over_sgd() -> No
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [set(), {"pytorch-optimizer", "torchvision"}])
 def test_quick_run_writes_a_table_with_or_without_peers(
     missing, tmp_path, monkeypatch, capsys

@@ -15,7 +15,7 @@ import torch
 from benchmarks import common
 from benchmarks import curvature as bench
 from sam_lab import Hessian
-from sam_lab.experiments.result import ResultError
+from sam_lab.experiments.lab.result import ResultError
 
 CHECKOUT = Path(__file__).parents[1]
 RESULTS = CHECKOUT / "book" / "results"
@@ -131,7 +131,7 @@ def stand_in(name: str) -> common.Benchmark:
         schema=f"test.{name}/1",
         measure=lambda quick: {"quick": quick, "rows": [1, 2]},
         table=lambda result: f"table of {name}",
-        packages=("torch", "no-such-package"),
+        packages=("pytest", "no-such-package"),
     )
 
 
@@ -157,6 +157,7 @@ def test_all_benchmarks_run_or_those_named(arguments, files, command, tmp_path, 
         assert result["quick"] == ("--quick" in arguments)
         assert result["provenance"]["command"] == command
         assert result["provenance"]["torch"] == torch.__version__
+        assert result["provenance"]["pytest"] == pytest.__version__
         assert result["provenance"]["no-such-package"] is None
         assert result["provenance"]["threads"] == 1
         assert benchmark.table(result) in capsys.readouterr().out or len(files) > 1
@@ -211,7 +212,7 @@ def test_a_changed_or_foreign_file_is_refused(tmp_path) -> None:
 
 def test_a_missing_package_has_no_version() -> None:
     assert common.version_of("no-such-package") is None
-    assert common.version_of("torch") == torch.__version__
+    assert common.version_of("pytest") == pytest.__version__
 
 
 def test_the_command_is_one_thread_before_anything_is_imported(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -14,10 +15,10 @@ title: A book
 author: Somebody
 only_build_toc_files: true
 execute: {execute_notebooks: "off"}
-repository: {url: https://github.com/some/where, branch: trunk}
+repository: {url: https://github.com/pytorch/pytorch, branch: trunk}
 """
 TOC = "format: jb-book\nroot: book/index\nchapters:\n- file: book/01_one\n"
-SETUP = "# The marker\nREPOSITORY, BRANCH, FOLDER = '{url}', '{branch}', '{name}'\n"
+SETUP = "# The marker\nREPOSITORY, BRANCH = '{url}', '{branch}'\n"
 
 
 def cells(*sources: str) -> nbformat.NotebookNode:
@@ -27,8 +28,9 @@ def cells(*sources: str) -> nbformat.NotebookNode:
 @pytest.fixture
 def project(tmp_path: Path):
     """A project of one page and one chapter; calling it writes the chapter's code cells."""
-    for folder in ("book/_template", "book/results", "sam_lab"):
+    for folder in ("book/_template", "book/results", "sam_lab", "tests"):
         (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("nbval.cfg"), tmp_path / "tests")
     (tmp_path / "_config.yml").write_text(CONFIG)
     (tmp_path / "_toc.yml").write_text(TOC)
     (tmp_path / "constraints.txt").write_text("numpy==1\n")
@@ -75,9 +77,22 @@ def test_a_page_that_is_listed_but_not_there_is_named(project):
         book.pages(project.root)
 
 
-def test_the_first_cell_carries_the_configured_address(project):
-    words = "'https://github.com/some/where', 'trunk', 'where'"
-    assert book.first_cell(project.root) == f"# The marker\nREPOSITORY, BRANCH, FOLDER = {words}"
+def test_the_first_cell_carries_the_configured_address_or_another_one(project):
+    start = "# The marker\nREPOSITORY, BRANCH = "
+    configured = f"{start}'https://github.com/pytorch/pytorch', 'trunk'"
+    assert book.first_cell(project.root) == configured
+    assert (
+        book.first_cell(project.root, "file:///srv/book") == f"{start}'file:///srv/book', 'trunk'"
+    )
+    assert book.first_cell(project.root, "") == f"{start}'', 'trunk'"
+
+
+def test_a_page_has_the_title_that_its_first_heading_gives(project):
+    assert book.title(project.name, project.root) == "One"
+    assert book.title(Path("book/index.md"), project.root) == "A book"
+    (project.root / "book" / "index.md").write_text("Words, and ## no heading.\n")
+    with pytest.raises(book.BookError, match=r"book/index\.md has no title"):
+        book.title(Path("book/index.md"), project.root)
 
 
 def test_stamping_inserts_the_first_cell_once_and_replaces_an_older_one():
@@ -200,6 +215,31 @@ def test_a_failing_chapter_is_not_stored(project):
     assert project.chapter.read_bytes() == before
 
 
+def test_notebooks_are_cleaned_where_they_lie_without_a_run(project, capsys):
+    notebook = cells("1 / 0")
+    stderr = new_output("stream", name="stderr", text="a warning")
+    notebook.cells[1].update(outputs=[stderr], execution_count=7)
+    nbformat.write(notebook, project.chapter)
+    assert book.main(["clean", str(project.chapter)], project.root) == 0
+    assert f"{project.chapter} cleaned" in capsys.readouterr().out
+    (cell,) = book.code_cells(nbformat.read(project.chapter, as_version=4))
+    assert (cell.source, cell.outputs, cell.execution_count) == ("1 / 0", [], 1)
+    modified = project.chapter.stat().st_mtime_ns
+    assert book.main(["clean"], project.root) == 0  # all that are listed
+    assert project.chapter.stat().st_mtime_ns == modified
+    assert capsys.readouterr().out == ""
+
+
+def test_a_notebook_that_cannot_be_cleaned_is_named_and_stays(project, capsys):
+    notebook = cells("1 / 0")
+    notebook.cells[1].outputs = [new_output("error", ename="E", evalue="no", traceback=[])]
+    nbformat.write(notebook, project.chapter)
+    before = project.chapter.read_bytes()
+    assert book.main(["clean", str(project.chapter)], project.root) == 1
+    assert f"{project.chapter}: cell 2 holds an error output" in capsys.readouterr().err
+    assert project.chapter.read_bytes() == before
+
+
 def executed(*outputs: nbformat.NotebookNode, **metadata) -> nbformat.NotebookNode:
     cell = new_code_cell("x", outputs=list(outputs), execution_count=7, metadata=metadata)
     return new_notebook(cells=[cell], metadata={"widgets": {"state": {}}, "colab": {}})
@@ -295,8 +335,6 @@ def test_a_damaged_notebook_is_named(project):
 def test_checking_passes_what_was_stored_and_names_the_notebook_that_gives_something_else(
     project, capsys
 ):
-    (project.root / "tests").mkdir()
-    shutil.copy(Path(__file__).with_name("nbval.cfg"), project.root / "tests")
     project.write("print('six', 'seven')")
     assert book.main(["store"], project.root) == 0
     assert book.main(["check"], project.root) == 0
@@ -307,6 +345,82 @@ def test_checking_passes_what_was_stored_and_names_the_notebook_that_gives_somet
     said = capsys.readouterr()
     assert "six eight" in said.out
     assert "book/01_one.ipynb: not the stored outputs" in said.err
+
+
+@pytest.fixture
+def compared(project, monkeypatch):
+    """Check the project; the notebooks that nbval, a stand-in with this exit code, was given."""
+    monkeypatch.delenv("CI", raising=False)
+    given = []
+
+    def check(returncode: int = 0) -> list[str]:
+        def nbval(command, **_):
+            given.append(command[-1])
+            return subprocess.CompletedProcess(command, returncode, stdout="the report")
+
+        given.clear()
+        monkeypatch.setattr(book.subprocess, "run", nbval)
+        assert book.main(["check"], project.root) == returncode
+        return given.copy()
+
+    return check
+
+
+def test_what_was_proven_before_is_passed_over_and_said(project, compared, capsys):
+    assert compared() == [str(project.name)]
+    assert "gives its stored outputs" in capsys.readouterr().out
+    assert compared() == []
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split(maxsplit=1) == [str(project.name), "proven before"]
+
+
+def test_in_continuous_integration_every_notebook_is_compared_again(project, compared, monkeypatch):
+    compared()
+    monkeypatch.setenv("CI", "true")
+    assert compared() == [str(project.name)]
+
+
+def test_new_prose_leaves_a_proof_standing(project, compared):
+    compared()
+    notebook = nbformat.read(project.chapter, as_version=4)
+    notebook.cells[0].source = "# Another title"
+    nbformat.write(notebook, project.chapter)
+    assert compared() == []
+
+
+def other_output(root: Path) -> None:
+    path = root / "book" / "01_one.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].outputs = [new_output("stream", name="stdout", text="3")]
+    nbformat.write(notebook, path)
+
+
+CHANGES = {
+    "the code": lambda root: nbformat.write(cells("1 + 2"), root / "book" / "01_one.ipynb"),
+    "a stored output": other_output,
+    "the library": lambda root: (root / "sam_lab" / "__init__.py").write_text("ANSWER = 42\n"),
+    "a pin": lambda root: (root / "constraints.txt").write_text("numpy==2\n"),
+    "a result": lambda root: (root / "book" / "results" / "a.laptop.json").write_text("{}"),
+    "how outputs are compared": lambda root: (root / "tests" / "nbval.cfg").write_text(""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_proof_falls_with_anything_that_it_rests_on(change, project, compared):
+    compared()
+    change(project.root)
+    assert compared() == [str(project.name)]
+    assert compared() == []
+
+
+def test_a_failure_is_no_proof_and_takes_an_older_one_away(project, compared, monkeypatch, capsys):
+    compared()
+    monkeypatch.setenv("CI", "true")
+    assert compared(returncode=1) == [str(project.name)]
+    assert "the report" in capsys.readouterr().out
+    monkeypatch.delenv("CI")
+    assert compared(returncode=1) == [str(project.name)]
+    assert compared() == [str(project.name)]
 
 
 # ── rendering ─────────────────────────────────────────────────────────────────────────────────

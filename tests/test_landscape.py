@@ -595,17 +595,17 @@ ZERO, ONE = point(0.0, 0, 0), point(1.0, 1, 1)
 
 def drawn(**changes):
     model, loss = quadratic()
-    arguments = {"loss": loss, "model": model, "start": ZERO, "end": ONE, **changes}
+    arguments = {"closure": loss, "model": model, "start": ZERO, "end": ONE, **changes}
     return line(**arguments)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"loss": 3.0}, TypeError, "loss must be callable, got float"),
-        ({"loss": lambda: 3.0}, TypeError, "the loss must be a tensor, got float"),
-        ({"loss": lambda: torch.ones(2)}, ValueError, r"real scalar, got .* of shape \(2,\)"),
-        ({"loss": lambda: torch.tensor(1)}, ValueError, "real scalar, got torch.int64"),
+        ({"closure": 3.0}, TypeError, "closure must be callable, got float"),
+        ({"closure": lambda: 3.0}, TypeError, "the loss must be a tensor, got float"),
+        ({"closure": lambda: torch.ones(2)}, ValueError, r"real scalar, got .* of shape \(2,\)"),
+        ({"closure": lambda: torch.tensor(1)}, ValueError, "real scalar, got torch.int64"),
         ({"model": [ZERO]}, TypeError, "model must be a torch.nn.Module, got list"),
         ({"model": nn.ReLU()}, ValueError, "model has no parameters"),
         ({"start": point(1.0, 2)}, ValueError, r"start must have shape \(3,\).*got \(2,\)"),

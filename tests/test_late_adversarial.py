@@ -7,30 +7,29 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from claims_contract import check_statistics, result_of, run_of, seed_runs
 from torch import nn
 
 from sam_lab import data, experiments, models
 from sam_lab.adversarial import Threat, fgsm, pgd, robust_accuracy
-from sam_lab.experiments import late_adversarial, robustness, switching
-from sam_lab.experiments.core import Result, Run
+from sam_lab.experiments import Cell
+from sam_lab.experiments.inputs import late_adversarial, robustness
+from sam_lab.experiments.late import switching
 from sam_lab.training import Phase, constant, evaluate
 
 TINY = dataclasses.replace(
     late_adversarial.LAPTOP,
-    data="digits",
-    train=60,
-    test=30,
-    hidden=(8,),
-    epochs=4,
-    batch=20,
-    steps=2,
+    recipe=late_adversarial.LAPTOP.recipe.but(
+        **{"data": "digits", "train": 60, "test": 30, "hidden": (8,), "epochs": 4, "batch": 20},
+        measured=40,
+    ),
+    attack_steps=2,
     late=(0.5,),
     early=(0.75,),
-    judged=10,
-    checked=5,
-    measured=40,
+    n_autoattack=10,
+    n_all_attacks=5,
 )
-BASE = {"schedule": "constant"}
+BASE = Cell({"schedule": "constant"}, 10)
 
 
 # --- how robustness is measured -------------------------------------------------------------------
@@ -39,21 +38,23 @@ BASE = {"schedule": "constant"}
 @pytest.fixture(scope="module")
 def linear():
     """A linear model of digits, trained a little, and its data."""
-    found = data.load("digits", train=200, test=60)
+    dataset = data.load("digits", train=200, test=60)
     model = models.mlp((64, 10))
     for _ in range(50):
-        loss = nn.functional.cross_entropy(model(found.x), found.y)
+        loss = nn.functional.cross_entropy(model(dataset.x), dataset.y)
         grads = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for p, g in zip(model.parameters(), grads, strict=True):
                 p -= 0.5 * g
-    return model, found
+    return model, dataset
 
 
 def test_two_judges_see_the_same_examples_and_the_stronger_finds_no_less(linear):
-    model, found = linear
-    x, y, threat = found.x_test, found.y_test, Threat("linf", 0.05)
-    seen = robustness.two_judges(model, x, y, threat, judged=20, attacks=("apgd-ce", "apgd-t"))
+    model, dataset = linear
+    x, y, threat = dataset.x_test, dataset.y_test, Threat("linf", 0.05)
+    seen = robustness.two_judges(
+        model, x, y, threat, n_autoattack=20, attacks=("apgd-ce", "apgd-t")
+    )
     assert seen["natural_error"] == pytest.approx(evaluate(model, x, y)[1])
     attack = partial(pgd, threat=threat, steps=50, restarts=5)
     assert seen["pgd_error"] == 1 - robust_accuracy(model, x, y, attack)[1]
@@ -62,8 +63,8 @@ def test_two_judges_see_the_same_examples_and_the_stronger_finds_no_less(linear)
 
 
 def test_the_input_gradient_is_what_a_small_attack_gains_over_eps(linear):
-    model, found = linear
-    x, y, eps = found.x_test.double() * 0.8 + 0.1, found.y_test, 1e-5
+    model, dataset = linear
+    x, y, eps = dataset.x_test.double() * 0.8 + 0.1, dataset.y_test, 1e-5
     model = models.mlp((64, 10), dtype=torch.float64)
     for norm in ("linf", "l2"):
         threat = Threat(norm, eps)
@@ -79,7 +80,7 @@ def test_the_input_gradient_is_what_a_small_attack_gains_over_eps(linear):
 
 
 def test_the_branches_are_the_runs_that_had_their_phases_from_the_beginning():
-    start, _ = late_adversarial.prepare(TINY, BASE, 10)
+    start, _ = late_adversarial.prepare(TINY, BASE)
     how, seen = {"attack": late_adversarial.attack(TINY)}, []
     ends = {}
     for interval, switch, end in switching.branches(
@@ -114,16 +115,16 @@ def test_shares_that_are_no_switch_or_the_same_one_are_refused(late):
 
 
 def test_pixels_go_into_the_model_and_its_first_layer_standardises_them():
-    training, found = late_adversarial.prepare(TINY, BASE, seed=3)
+    training, dataset = late_adversarial.prepare(TINY, BASE)
     assert training.x.min() >= 0 and training.x.max() <= 1
-    seen = training.model[0](found.x)
+    seen = training.model[0](dataset.x)
     assert seen.mean().item() == pytest.approx(0, abs=1e-5)
     assert seen.std().item() == pytest.approx(1, abs=1e-3)
-    assert training.schedule is constant and training.epochs == TINY.epochs
+    assert training.schedule is constant and training.epochs == TINY.recipe.epochs
 
 
 def test_every_column_is_what_it_says():
-    columns = late_adversarial.run(TINY, BASE, 10)
+    columns = late_adversarial.run(TINY, BASE)
     assert [*zip(columns["switched_on"], columns["switched_off"], strict=True)] == [
         (2, 4),
         (4, 4),
@@ -132,12 +133,12 @@ def test_every_column_is_what_it_says():
     ]
     # 60 examples in batches of 20, two steps of the attack and one of the training
     assert columns["passes"] == [3 * (2 + 2 * 3), 3 * 4, 3 * (3 * 3 + 1), 3 * 4 * 3]
-    start, found = late_adversarial.prepare(TINY, BASE, 10)
+    start, dataset = late_adversarial.prepare(TINY, BASE)
     attack = late_adversarial.attack(TINY)
     model = start.branch([Phase(0, 4, attack=attack)]).run().model
     row = {name: values[3] for name, values in columns.items() if len(values) == 4}
-    x, y = found.x[:40], found.y[:40]
-    assert row["natural_error"] == pytest.approx(evaluate(model, found.x_test, found.y_test)[1])
+    x, y = dataset.x[:40], dataset.y[:40]
+    assert row["natural_error"] == pytest.approx(evaluate(model, dataset.x_test, dataset.y_test)[1])
     assert row["train_error"] == pytest.approx(evaluate(model, x, y)[1])
     assert row["train_pgd_error"] == 1 - robust_accuracy(model, x, y, attack)[1]
     assert row["input_gradient"] == robustness.input_gradient(model, x, y)
@@ -147,46 +148,45 @@ def test_every_column_is_what_it_says():
 
 
 def test_a_wide_residual_network_runs_too():
+    desktop = late_adversarial.DESKTOP
     config = dataclasses.replace(
-        late_adversarial.DESKTOP,
-        data="photos",
-        train=20,
-        test=10,
-        epochs=2,
-        steps=1,
-        stride=4,
+        desktop,
+        recipe=desktop.recipe.but(
+            **{"data": "photos", "train": 20, "test": 10, "epochs": 2, "stride": 4},
+            **{"measured": 10, "tol": 0.5},
+        ),
+        attack_steps=1,
         late=(0.5,),
         early=(0.5,),
-        judged=2,
-        measured=10,
-        tol=0.5,
+        n_autoattack=2,
     )
-    columns = late_adversarial.run(config, {"schedule": "steps"}, 10)
+    columns = late_adversarial.run(config, Cell({"schedule": "steps"}, 10))
     assert all(np.isfinite(values).all() for values in columns.values())
 
 
+@pytest.mark.slow
 def test_a_small_grid_gives_every_claim_a_number():
     config = dataclasses.replace(
         TINY,
-        epochs=10,
-        lr=0.2,
+        recipe=TINY.recipe.but(epochs=10, lr=0.2, tol=0.5),
         late=(0.5, 0.9),
         early=(0.5, 0.9),
         schedules=("constant", "steps"),
-        checked=2,
-        tol=0.5,
+        n_all_attacks=2,
     )
     result = experiments.run(
         late_adversarial.EXPERIMENT, config, seeds=[10], device="cpu", progress=False
     )
     assert all(run["pgd_error"].max() <= 1 for run in result.runs)
-    for verdict in result.claims:
+    for verdict in experiments.judge(result):
         # after a few epochs on a few examples nothing may have changed
         undecidable = "ZeroDivision" in verdict.reason or "as long as one" in verdict.reason
         assert len(verdict.values) == 1 or undecidable, verdict
-    for preset in late_adversarial.EXPERIMENT.presets.values():
-        assert late_adversarial.LATE in preset.late and late_adversarial.LATE in preset.early
-        assert 0.5 in preset.late and 0.5 in preset.early
+
+
+@pytest.mark.parametrize("config", late_adversarial.EXPERIMENT.presets.values())
+def test_every_preset_has_the_switches_of_the_claims(config):
+    assert {0.5, late_adversarial.LATE} <= {*config.late} & {*config.early}
 
 
 # --- the claims, by hand --------------------------------------------------------------------------
@@ -195,41 +195,40 @@ ROWS = {"late 0.5": (5, 10), "late 0.9": (9, 10), "sgd": (10, 10)}
 ROWS |= {"early 0.5": (0, 5), "early 0.9": (0, 9), "full": (0, 10)}
 
 
-def run_of(schedule, **errors):
+def trained(schedule, **errors):
     """A run of ten epochs; errors under AutoAttack and PGD by the names of its rows."""
-    names = list(ROWS)
     on, off = zip(*ROWS.values(), strict=True)
-    robust = [errors.get(name, math.nan) for name in names]
-    columns = {"switched_on": list(on), "switched_off": list(off), "autoattack_error": robust}
-    columns |= {"pgd_error": robust, "pgd_error_judged": [error - 0.01 for error in robust]}
-    columns |= {"natural_error": [error / 10 for error in robust]}
-    columns |= {"checked_error": [0.21], "checked_error_by_two": [0.205]}
-    return Run({"schedule": schedule}, 0, columns)
+    robust = [errors.get(name, math.nan) for name in ROWS]
+    return run_of(
+        {"schedule": schedule},
+        switched_on=list(on),
+        switched_off=list(off),
+        autoattack_error=robust,
+        pgd_error=robust,
+        pgd_error_judged=[error - 0.01 for error in robust],
+        natural_error=[error / 10 for error in robust],
+        checked_error=0.21,
+        checked_error_by_two=0.205,
+    )
 
 
 # half of the epochs before a drop to a tenth for the last are 0.41 at a constant rate, of which the
 # last tenth is 0.1 and the half 0.5
 CLOCK = 0.35 - 0.1 * math.log(4.1) / math.log(5)
-RESULT = Result(
-    "late_adversarial",
-    "laptop",
-    {"lr": 0.1},
-    [
-        run_of(
-            "constant",
-            **{"sgd": 0.8, "full": 0.2, "late 0.9": 0.35, "late 0.5": 0.25},
-            **{"early 0.5": 0.6, "early 0.9": 0.5},
-        ),
-        run_of(
-            "steps",
-            **{"sgd": 0.8, "full": 0.3, "late 0.9": 0.7, "late 0.5": 0.55},
-            **{"early 0.5": 0.35, "early 0.9": 0.3},
-        ),
-        run_of("drop", **{"late 0.9": 0.9, "late 0.5": CLOCK + 0.3}),
-    ],
-    [],
-    {},
-)
+CONFIG = {"recipe": {"lr": 0.1}}
+RUNS = [
+    trained(
+        "constant",
+        **{"sgd": 0.8, "full": 0.2, "late 0.9": 0.35, "late 0.5": 0.25},
+        **{"early 0.5": 0.6, "early 0.9": 0.5},
+    ),
+    trained(
+        "steps",
+        **{"sgd": 0.8, "full": 0.3, "late 0.9": 0.7, "late 0.5": 0.55},
+        **{"early 0.5": 0.35, "early 0.9": 0.3},
+    ),
+    trained("drop", **{"late 0.9": 0.9, "late 0.5": CLOCK + 0.3}),
+]
 EXPECTED = {
     "late-is-robust": 0.75,
     "late-half-is-robust": 0.55 / 0.6,
@@ -238,7 +237,11 @@ EXPECTED = {
     "late-half-counts-more": 35.0,
     "training-costs-accuracy": -6.0,
     "late-is-robust-in-steps": 0.2,
+    "late-half-is-robust-in-steps": 0.5,
+    "late-is-natural-in-steps": 4.0,
+    "early-is-forgotten-in-steps": 1.0,
     "late-half-counts-more-in-steps": -20.0,
+    "training-costs-accuracy-in-steps": -5.0,
     "schedule-decides": 0.55,
     "no-judge-is-alone": 1.0,
     "two-attacks-suffice": 0.5,
@@ -246,21 +249,20 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("claim", EXPECTED)
-def test_a_claim_is_decided_by_the_number_that_it_names(claim):
-    verdicts = {v.id: v for v in late_adversarial.EXPERIMENT.judge(RESULT)}
-    assert verdicts[claim].values == pytest.approx([EXPECTED[claim]], rel=1e-5)
+def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
+    runs = seed_runs(CONFIG, *RUNS)
+    check_statistics(late_adversarial.CLAIMS, {name: (runs, x) for name, x in EXPECTED.items()})
 
 
 def test_how_long_a_late_phase_has_had_is_the_learning_rate_summed_over_its_epochs():
-    sums, errors = switching.summed_lr(RESULT, "pgd_error", schedule="constant")
+    runs = seed_runs(CONFIG, *RUNS)
+    sums, errors = switching.summed_lr(runs, "pgd_error", schedule="constant")
     assert sums.tolist() == pytest.approx([0.1, 0.5])
-    assert errors.tolist() == [pytest.approx([0.35, 0.25])]
-    sums, _ = switching.summed_lr(RESULT, "pgd_error", schedule="steps")
+    assert errors.tolist() == pytest.approx([0.35, 0.25])
+    sums, _ = switching.summed_lr(runs, "pgd_error", schedule="steps")
     assert sums.tolist() == pytest.approx([0.004, 0.02 + 4 * 0.004])
 
 
 def test_the_clock_is_undecided_where_no_late_phases_are_of_one_length():
-    few = dataclasses.replace(RESULT, runs=RESULT.runs[:2])
-    verdicts = {v.id: v for v in late_adversarial.EXPERIMENT.judge(few)}
-    assert "no schedule has a late phase" in verdicts["learning-rate-is-the-clock"].reason
+    verdict = late_adversarial.learning_rate_is_the_clock.judge(result_of(CONFIG, *RUNS[:2]))
+    assert "no schedule has a late phase" in verdict.reason

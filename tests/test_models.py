@@ -5,7 +5,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sam_lab.models import ACTIVATIONS, ChannelNorm, Normalize, Residual, cnn, mlp, wide_resnet
+from sam_lab.models import (
+    ACTIVATIONS,
+    INITS,
+    ChannelNorm,
+    Normalize,
+    Residual,
+    cnn,
+    mlp,
+    wide_resnet,
+)
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -83,6 +92,25 @@ def test_mlp_without_hidden_layer_is_linear() -> None:
 def test_mlp_refuses_sizes_that_make_no_network(sizes) -> None:
     with pytest.raises(ValueError, match="sizes must be two or more positive integers"):
         mlp(sizes)
+
+
+def test_mlp_refuses_an_unknown_norm() -> None:
+    with pytest.raises(ValueError, match="norm must be one of none, batch, got 'layer'"):
+        mlp((4, 3), norm="layer")
+
+
+def test_batch_norm_stands_before_each_activation_of_an_mlp() -> None:
+    model = mlp((4, 6, 5, 3), "relu", norm="batch")
+    hidden = ["Linear", "BatchNorm1d", "ReLU"]
+    assert [type(layer).__name__ for layer in model] == ["Flatten", *hidden, *hidden, "Linear"]
+    assert [model[2].num_features, model[5].num_features] == [6, 5]
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_batch_norm_leaves_the_other_initial_weights_as_they_are(init) -> None:
+    plain, normed = (mlp((4, 6, 3), norm=norm, init=init, seed=3) for norm in ("none", "batch"))
+    linear = [layer for layer in normed if isinstance(layer, nn.Linear)]
+    assert torch.equal(flat(plain), flat(nn.Sequential(*linear)))
 
 
 def test_cnn_of_colour_images() -> None:

@@ -13,6 +13,8 @@ from sam_problem import Elsewhere
 from sam_lab import perturbations
 from sam_lab.perturbations import (
     asam,
+    awp,
+    dithered,
     global_norm,
     is_weight,
     random_direction,
@@ -22,7 +24,13 @@ from sam_lab.perturbations import (
     unnormalized,
 )
 
-RULES = {"sam": sam, "asam": asam, "sam_linf": sam_linf, "unnormalized": unnormalized}
+RULES = {
+    "sam": sam,
+    "asam": asam,
+    "sam_linf": sam_linf,
+    "unnormalized": unnormalized,
+    "awp": awp,
+}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 seeds = st.integers(0, 2**32 - 1)
@@ -48,6 +56,10 @@ def direction(params, grads, rho, seed=0):
     return random_direction(params, grads, rho, generator=torch.Generator().manual_seed(seed))
 
 
+def rounded(params, grads, rho, seed=0):
+    return dithered(params, grads, rho, generator=torch.Generator().manual_seed(seed))
+
+
 def flat(tensors):
     """One float64 vector of NumPy."""
     return np.concatenate([t.detach().double().numpy().ravel() for t in tensors])
@@ -63,6 +75,14 @@ def by_hand(rule, params, grads, rho, eta=0.01):
             [abs(flat([p])) + eta if p.ndim > 1 else np.ones(p.numel()) for p in params]
         )
         return rho * T**2 * g / np.sqrt(((T * g) ** 2).sum())
+    if rule == "awp":
+        pairs = [(flat([p]), flat([g]), p.ndim > 1) for p, g in zip(params, grads, strict=True)]
+        return np.concatenate(
+            [
+                rho * np.linalg.norm(w) * g / np.linalg.norm(g) if weight and len(g) else 0 * g
+                for w, g, weight in pairs
+            ]
+        )
     return rho * (np.sign(g) if rule == "sam_linf" else g)
 
 
@@ -99,7 +119,7 @@ def test_the_perturbation_attains_the_dual_norm_of_the_gradient(shapes, seed, rh
     assert g @ e == pytest.approx(rho * abs(g).sum())
 
 
-@pytest.mark.parametrize("rule", ["sam", "asam", "sam_linf"])
+@pytest.mark.parametrize("rule", ["sam", "asam", "sam_linf", "awp"])
 @settings(deadline=None)
 @given(shapes=shapes, seed=seeds, exponent=st.integers(-20, 30))
 def test_a_loss_scale_changes_nothing(rule, shapes, seed, exponent):
@@ -294,9 +314,49 @@ def test_a_ball_of_an_unknown_norm_is_refused(norm):
         steepest([torch.ones(2)], 0.1, torch.ones(()), norm)
 
 
+def test_awp_has_a_ball_for_each_weight_as_large_as_the_weight_is_long():
+    w1, w2 = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0], [2.0]])
+    g1, g2 = torch.tensor([[0.0, -7.0]]), torch.tensor([[30.0], [40.0]])
+    e1, e2 = awp([w1, w2], [g1, g2], 0.1)
+    torch.testing.assert_close(e1, torch.tensor([[0.0, -0.5]]))
+    torch.testing.assert_close(e2, torch.tensor([[0.12], [0.16]]))
+
+
+def test_awp_leaves_biases_and_scales_where_they_are():
+    bias, grad = torch.ones(3), torch.ones(3)
+    assert awp([bias], [grad], 0.1)[0].tolist() == [0, 0, 0]
+
+
+def test_awp_leaves_a_weight_without_a_gradient_where_it_is_and_moves_the_others():
+    w = torch.ones(2, 2)
+    still, moved = awp([w, w], [torch.zeros(2, 2), w], 0.1)
+    assert not still.any() and moved.norm().item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@settings(deadline=None)
+@given(shapes=shapes, seed=seeds, rho=radii)
+def test_dithered_leads_to_a_neighbour_of_where_the_rule_leads(dtype, shapes, seed, rho):
+    params, grads = drawn(shapes, seed, dtype)
+    exact = RULES["asam"](params, grads, rho)
+    found = dithered(params, grads, rho, rule=asam, generator=torch.Generator().manual_seed(seed))
+    for p, e, exact_e in zip(params, found, exact, strict=True):
+        there, wanted = p.clone().add_(e), p.float() + exact_e
+        unit = wanted.abs().clamp(min=torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps
+        assert ((there.float() - wanted).abs() <= unit).all()
+
+
+def test_dithered_leaves_other_precisions_to_the_rule():
+    params, grads = drawn([(2, 3)], 0, torch.float32)
+    (e,) = rounded(params, grads, 0.1)
+    assert torch.equal(e, sam(params, grads, 0.1)[0])
+
+
 # --- what all rules keep ----------------------------------------------------------------------
 
-every_rule = pytest.mark.parametrize("rule", [*RULES.values(), direction], ids=lambda f: f.__name__)
+every_rule = pytest.mark.parametrize(
+    "rule", [*RULES.values(), direction, rounded], ids=lambda f: f.__name__
+)
 
 
 @every_rule

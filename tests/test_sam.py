@@ -62,7 +62,11 @@ def trained(make, rho, **options):
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("rho", [0, 0.0, lambda step: 0, "0", 1e-30], ids=str)
+@pytest.mark.parametrize(
+    "rho",
+    [0, 0.0, lambda step: 0, "0", 1e-30],
+    ids=["0", "0.0", "a function", "of the group", "1e-30"],
+)
 def test_at_rho_zero_the_step_is_the_optimizers_own_bit_for_bit(make, rho):
     """Trap: BatchNorm and dropout ran twice, so rho = 0 was another optimizer (davda54/sam#80).
 

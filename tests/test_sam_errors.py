@@ -26,7 +26,7 @@ from torch import nn
 
 import sam_lab.sam
 from sam_lab import SAM
-from sam_lab.perturbations import asam, random_direction
+from sam_lab.perturbations import asam, dithered, random_direction
 
 # --- gradients that are zero, not finite, or missing ----------------------------------------------
 
@@ -268,7 +268,7 @@ def test_an_error_of_the_closures_own_is_not_dressed_up():
         ({"rule": "sam"}, TypeError, "rule must be a function .* got 'sam'"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
         ({"rule": random_direction}, ValueError, "random_direction draws .* give generator="),
-        ({"dither": True}, ValueError, "dither draws random numbers: give generator="),
+        ({"rule": dithered}, ValueError, "the rule dithered draws random numbers: give generator="),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, error, message):

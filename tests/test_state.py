@@ -1,13 +1,21 @@
-"""Random state, buffers and modes are as they were."""
+"""Random state, buffers and modes are as they were; a state is taken up whole or not at all."""
 
+import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from sam_lab.state import RandomState, evaluating, kept_buffers
+from sam_lab.state import (
+    RandomState,
+    evaluating,
+    kept_buffers,
+    load_optimizer,
+    undisturbed,
+)
 
 X = torch.linspace(-1, 1, 24).reshape(8, 3)
 
@@ -242,3 +250,123 @@ def test_evaluation_writes_to_no_buffer():
     with evaluating(model):
         model(X)
     assert_held(before, model[1])
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError, KeyboardInterrupt])
+def test_afterwards_nobody_can_tell_that_there_were_passes(failure):
+    model, expected = partly_frozen()
+    model.append(Counter())
+    model[0].weight.grad = grad = torch.ones(3)
+    other = torch.ones(2, requires_grad=True)
+    other.grad = its_grad = torch.zeros(2)
+    generator = torch.Generator().manual_seed(1)
+    buffers, state = held(model), RandomState(generators=[generator])
+    first = draws(generator)
+    state.restore()
+
+    def run():
+        with undisturbed(model, [other], [generator]):
+            assert other.grad is None and all(p.grad is None for p in model.parameters())
+            model.train()
+            (model(X).sum() + other.sum()).backward()
+            assert other.grad.any() and model[0].num_batches_tracked == 1
+            draws(generator)
+            if failure is not None:
+                raise failure("in the middle")
+
+    if failure is None:
+        run()
+    else:
+        with pytest.raises(failure):
+            run()
+    assert [module.training for module in model.modules()] == [*expected, True]
+    assert model[0].weight.grad is grad and torch.equal(grad, torch.ones(3))
+    assert other.grad is its_grad and not its_grad.any()
+    assert [p.grad for p in model.parameters()][1:] == [None] * 5
+    assert_held(buffers, model)
+    assert draws(generator) == first
+
+
+def test_every_pass_inside_can_begin_alike():
+    model, expected = partly_frozen()
+    generator = torch.Generator().manual_seed(1)
+    with undisturbed(model, generators=[generator]) as reset:
+        first = draws(generator)
+        model.eval()
+        reset()
+        assert draws(generator) == first
+        assert [module.training for module in model.modules()] == expected
+
+
+def test_without_a_model_random_state_and_the_gradients_of_tensors_are_kept():
+    w = torch.ones(2, requires_grad=True)
+    with undisturbed(None, [w]):
+        first = draws()
+        w.sum().backward()
+    assert w.grad is None and draws() == first
+
+
+# --- the state of an optimizer --------------------------------------------------------------------
+
+HEAVY_BALL = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+ADAMW = partial(torch.optim.AdamW, lr=0.1)
+
+
+def weights_and_optimizer(make, count=2):
+    """Some parameters after two steps, and the optimizer that took them."""
+    params = [nn.Parameter(torch.arange(1.0, 4.0)) for _ in range(count)]
+    optimizer = make(params)
+    for _ in range(2):
+        take_step(params, optimizer)
+    return params, optimizer
+
+
+def take_step(params, optimizer):
+    optimizer.zero_grad()
+    sum(p.square().sum() for p in params).backward()
+    optimizer.step()
+
+
+def assert_alike(one, two):
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [HEAVY_BALL, ADAMW])
+def test_an_optimizer_goes_on_from_the_state_of_another_and_shares_nothing_with_it(make):
+    """Trap: torch's optimizers keep the tensors of the state they are given."""
+    params, optimizer = weights_and_optimizer(make)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    twin = make(twins)
+    load_optimizer(twin, optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    take_step(twins, twin)
+    assert_alike(optimizer.state_dict(), before)
+    take_step(params, optimizer)
+    assert_alike(list(params), list(twins))
+    assert_alike(optimizer.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        weights_and_optimizer(HEAVY_BALL)[1].state_dict(),
+        torch.optim.SGD([torch.ones(3), torch.ones(3)]).state_dict(),
+        weights_and_optimizer(ADAMW, count=3)[1].state_dict(),
+    ],
+    ids=["nothing", "empty", "another kind", "another kind, unused", "more parameters"],
+)
+def test_a_state_that_does_not_fit_leaves_the_optimizer_as_it_was(state):
+    """Trap: torch's AdamW loads the state of SGD, and fails at the next step."""
+    params, optimizer = weights_and_optimizer(ADAMW)
+    twins, twin = weights_and_optimizer(ADAMW)
+    with pytest.raises(ValueError, match="state is not of an optimizer like this AdamW: "):
+        load_optimizer(optimizer, state)
+    assert_alike(optimizer.state_dict(), twin.state_dict())
+    take_step(params, optimizer)
+    take_step(twins, twin)
+    assert_alike(list(params), list(twins))

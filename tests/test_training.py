@@ -36,7 +36,7 @@ from sam_lab.training import (
     evaluate,
     late,
     squared_error,
-    steps,
+    step_decay,
 )
 
 N, BATCH, STEPS = 20, 8, 3  # the third batch of an epoch has 4 examples
@@ -330,7 +330,7 @@ def test_a_branch_keeps_how_its_tensors_lie_in_memory():
     ids=["other phases", "other lengths of the schedule"],
 )
 def test_a_branch_has_the_past_that_it_comes_from(phases, message):
-    trunk = plain(late(4, 4, rho=0.1), schedule=steps({0.5: 0.5})).run(3)
+    trunk = plain(late(4, 4, rho=0.1), schedule=step_decay({0.5: 0.5})).run(3)
     with pytest.raises(ValueError, match=message):
         trunk.branch(phases)
 
@@ -483,7 +483,7 @@ STRANGE = {
     ),
     "another optimizer": (
         lambda _: made([Phase(0, 3)], partial(torch.optim.AdamW, lr=0.1)).run(1).state_dict(),
-        "state is of another model or optimizer: the optimizer is of another kind",
+        "state is of another model or optimizer: state is not of an optimizer like this SGD",
     ),
     "an optimizer of fewer parameters": (
         lambda state: {**state, "optimizer": model_of(nn.Linear(32, 3))["optimizer"]},
@@ -777,10 +777,10 @@ def rates(phases, schedule, optimizer=MOMENTUM):
     [
         (constant, [1.0] * 10),
         (cosine, [0.5 * (1 + math.cos(math.pi * epoch / 10)) for epoch in range(10)]),
-        (steps({0.6: 0.04, 0.3: 0.2}), [1.0] * 3 + [0.2] * 3 + [0.04] * 4),
-        (steps({0.7: 0.5}), [1.0] * 7 + [0.5] * 3),
-        (steps({0: 0.5, 1: 0.1}), [0.5] * 10),
-        (steps({}), [1.0] * 10),
+        (step_decay({0.6: 0.04, 0.3: 0.2}), [1.0] * 3 + [0.2] * 3 + [0.04] * 4),
+        (step_decay({0.7: 0.5}), [1.0] * 7 + [0.5] * 3),
+        (step_decay({0: 0.5, 1: 0.1}), [0.5] * 10),
+        (step_decay({}), [1.0] * 10),
     ],
 )
 def test_a_schedule_is_one_across_all_phases(schedule, factors):
@@ -795,7 +795,7 @@ def test_groups_keep_the_ratio_of_their_learning_rates():
         first, *rest = params
         return torch.optim.SGD([{"params": [first], "lr": 1.0}, {"params": rest}], lr=0.1)
 
-    used, noted = rates([Phase(0, 4)], steps({0.5: 0.1}), grouped)
+    used, noted = rates([Phase(0, 4)], step_decay({0.5: 0.1}), grouped)
     assert used == [[pytest.approx(lr), pytest.approx(lr / 10)] for lr in (1.0, 1.0, 0.1, 0.1)]
     assert noted == [lr for lr, _ in used]
 
@@ -807,19 +807,19 @@ def test_groups_keep_the_ratio_of_their_learning_rates():
 def test_a_step_is_at_the_epoch_that_exact_arithmetic_says(epoch_of, share):
     epochs, epoch = epoch_of
     lowered = Fraction(epoch, epochs) >= Fraction(share, 1000)
-    assert steps({share / 1000: 0.5})(epoch / epochs) == (0.5 if lowered else 1.0)
+    assert step_decay({share / 1000: 0.5})(epoch / epochs) == (0.5 if lowered else 1.0)
 
 
 @given(st.integers(1, 1000), st.data())
 def test_a_step_at_a_share_of_the_epochs_is_at_that_epoch(epochs, data):
     at = data.draw(st.integers(0, epochs - 1))
     epoch = data.draw(st.integers(0, epochs - 1))
-    assert steps({at / epochs: 0.5})(epoch / epochs) == (0.5 if epoch >= at else 1.0)
+    assert step_decay({at / epochs: 0.5})(epoch / epochs) == (0.5 if epoch >= at else 1.0)
 
 
 def test_a_step_may_be_at_a_share_with_a_rounding_error():
     assert 1 - 0.7 > 0.3
-    assert [steps({1 - 0.7: 0.5})(epoch / 10) for epoch in (2, 3)] == [1.0, 0.5]
+    assert [step_decay({1 - 0.7: 0.5})(epoch / 10) for epoch in (2, 3)] == [1.0, 0.5]
 
 
 # --- bad arguments --------------------------------------------------------------------------------
@@ -861,9 +861,9 @@ WRONG = {
     "at": (lambda: late(5, 4, rho=0.1), "at must be an integer between 0 and 4, got 5"),
     "at early": (lambda: early(-1, 4, rho=0.1), "at must be an integer between 0 and 4, got -1"),
     "epochs": (lambda: late(0, 0, rho=0.1), "epochs must be an integer of at least 1, got 0"),
-    "share above 1": (lambda: steps({1.5: 0.1}), r"factors must map .* got \{1.5: 0.1\}"),
-    "factor 0": (lambda: steps({0.5: 0.0}), r"factors must map .* got \{0.5: 0.0\}"),
-    "factor nan": (lambda: steps({0.5: math.nan}), "factors must map .* got {0.5: nan}"),
+    "share above 1": (lambda: step_decay({1.5: 0.1}), r"factors must map .* got \{1.5: 0.1\}"),
+    "factor 0": (lambda: step_decay({0.5: 0.0}), r"factors must map .* got \{0.5: 0.0\}"),
+    "factor nan": (lambda: step_decay({0.5: math.nan}), "factors must map .* got {0.5: nan}"),
     "model": (lambda: training_of(model=len), "model must be a torch.nn.Module, got <built-in"),
     "x": (
         lambda: training_of(x=X.numpy()),

@@ -1,14 +1,16 @@
-"""``python -m sam_lab.experiments list | run NAME ... | show FILE``."""
+"""``python -m sam_lab.experiments list | run NAME ... | merge FILE FILE ... | show FILE``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sam_lab.experiments.core import Busy, ClaimError, ExperimentError, broken, get, names, run
-from sam_lab.experiments.result import Result, ResultError
+from sam_lab.experiments.lab.registry import ExperimentError, broken, get, names, table
+from sam_lab.experiments.lab.result import Result, ResultError, merge
+from sam_lab.experiments.lab.runner import check_overwrite, run
+from sam_lab.experiments.lab.store import Busy
 
 _INTERRUPTED = 130
 
@@ -21,11 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list()
         if args.command == "show":
             return _show(args.file)
+        if args.command == "merge":
+            return _merge(args.files, args.out)
         return _run(args)
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         return _INTERRUPTED
-    except (ExperimentError, ResultError, ClaimError, Busy, OSError) as error:
+    except (ExperimentError, ResultError, Busy, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -36,8 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the experiments")
-    show = commands.add_parser("show", help="show the claims of a result file")
+    show = commands.add_parser("show", help="judge the claims on a result file")
     show.add_argument("file", type=Path)
+    both = commands.add_parser(
+        "merge", help="make one result of several with the same config and other seeds"
+    )
+    both.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    both.add_argument("--out", type=Path, default=Path("results"), help="folder (default: results)")
     go = commands.add_parser("run", help="run an experiment and store its result")
     go.add_argument("name")
     go.add_argument(
@@ -65,12 +74,23 @@ def _list() -> int:
 
 def _show(file: Path) -> int:
     result = Result.load(file)
-    origin = result.provenance
-    print(f"{result.experiment}, {result.scale} scale, seeds {', '.join(map(str, result.seeds))}")
-    print(", ".join(f"{name} {value}" for name, value in origin.items() if name != "command"))
-    if "command" in origin:
-        print(origin["command"])
-    print(f"\n{result.table()}")
+    print(f"{result.experiment}, {result.scale} scale, seeds {_listed(result.seeds)}")
+    for origin in result.provenance:
+        facts = {**origin, "seeds": _listed(origin.get("seeds", ()))}
+        print(", ".join(f"{name} {value}" for name, value in facts.items() if name != "command"))
+        if "command" in origin:
+            print(origin["command"])
+    print(f"\n{table(result)}")
+    return 0
+
+
+def _merge(files: Sequence[Path], out: Path) -> int:
+    result = merge([Result.load(file) for file in files])
+    target = _target(out, result)
+    check_overwrite(target, result.seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    result.save(target)
+    print(f"seeds {_listed(result.seeds)} in {target}")
     return 0
 
 
@@ -83,8 +103,16 @@ def _run(args: argparse.Namespace) -> int:
         out=args.out,
         progress=not args.quiet,
     )
-    print(f"{result.table()}\n\nwritten to {args.out / f'{result.experiment}.{result.scale}.json'}")
+    print(f"{table(result)}\n\nwritten to {_target(args.out, result)}")
     return 0
+
+
+def _target(out: Path, result: Result) -> Path:
+    return out / f"{result.experiment}.{result.scale}.json"
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _seeds(text: str) -> int | list[int]:

@@ -1,0 +1,408 @@
+r"""Gradient descent at the edge of stability: sharpness rises to 2/lr, and hovers there.
+
+Full-batch gradient descent on real images, the sharpness (top Hessian eigenvalue) measured along
+the way. The main runs vary the learning rate. The others are controls, each of which could have
+come out differently:
+
+* ``flow`` and ``blocked`` branch off a main run when its sharpness first passes 2/lr. ``flow``
+  goes on with steps `config.substeps` times smaller (gradient flow, to the accuracy of interest).
+  ``blocked`` keeps the learning rate, but takes the top `config.blocked` eigenvectors out of every
+  step, so that nothing can oscillate along them. If the oscillation is what holds the sharpness
+  down, both must sail past 2/lr.
+* a small learning rate, a ReLU network and cross-entropy: where the edge is not reached in the
+  given time, or not held.
+
+The loss "mse" is 0.5 * sum over outputs, mean over examples (the convention of Cohen et al.).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sam_lab import data, models
+from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import farthest_from_one, second_half, second_half_median
+from sam_lab.objective import Closure
+from sam_lab.stability import gd_edge
+from sam_lab.tracker import SharpnessTracker
+from sam_lab.training import LossFn, squared_error
+
+__all__ = [
+    "CLAIMS",
+    "EXPERIMENT",
+    "LAPTOP",
+    "PAPER",
+    "Config",
+    "branches",
+    "clock",
+    "control",
+    "descend",
+    "loss_and_gradient",
+    "main_runs",
+    "move",
+    "problem",
+    "ratio",
+]
+
+# What these papers say, as we read them. The criteria were set after pilots at other settings.
+COHEN = Source("Cohen et al. 2021", "after")
+DAMIAN = Source("Damian et al. 2022", "after")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run. Times are learning rate x steps, the clock of gradient flow.
+
+    Attributes:
+        data, images: data set and size of its class-balanced training subset.
+        hidden: widths of the hidden layers.
+        lrs: learning rates of the main runs.
+        small_lr, relu_lr, cross_entropy_lr: learning rates of the three controls.
+        time: length of the main runs; the small learning rate makes as many steps as the longest.
+        control_time: length of the other two controls.
+        branch_lr, branch_time: learning rate and length of ``flow`` and ``blocked``.
+        substeps: steps of ``flow`` for one step of gradient descent.
+        blocked: number of top eigenvectors that ``blocked`` takes out.
+        every: steps from one measurement of the sharpness to the next.
+        tol: largest relative residual of a measured eigenpair.
+    """
+
+    data: str = "mnist_5k"
+    images: int = 500
+    hidden: tuple[int, ...] = (64, 64, 64)
+    lrs: tuple[float, ...] = (0.15, 0.2, 0.3)
+    small_lr: float = 0.02
+    relu_lr: float = 0.1
+    cross_entropy_lr: float = 0.2
+    time: float = 150.0
+    control_time: float = 100.0
+    branch_lr: float = 0.2
+    branch_time: float = 20.0
+    substeps: int = 20
+    blocked: int = 4
+    every: int = 10
+    tol: float = 1e-2
+
+
+LAPTOP = Config()
+# The network, data and loss of the first command in the paper's code, at its learning rate and
+# two larger ones.
+PAPER = Config(
+    data="cifar10",
+    images=5000,
+    hidden=(200, 200),
+    lrs=(0.01, 0.02, 0.04),
+    small_lr=0.002,
+    relu_lr=0.01,
+    cross_entropy_lr=0.02,
+    time=300.0,
+    control_time=300.0,
+    branch_lr=0.02,
+    branch_time=40.0,
+    every=50,
+)
+
+
+def settings(config: Config) -> list[Setting]:
+    """The main runs, the two branches and the three controls."""
+
+    def one(path: str, loss: str, activation: str, lr: float) -> Setting:
+        return {"path": path, "loss": loss, "activation": activation, "lr": lr}
+
+    main = [one("gd", "mse", "tanh", lr) for lr in config.lrs]
+    branches = [one(path, "mse", "tanh", config.branch_lr) for path in ("flow", "blocked")]
+    controls = [
+        one("gd", "mse", "tanh", config.small_lr),
+        one("gd", "mse", "relu", config.relu_lr),
+        one("gd", "cross-entropy", "tanh", config.cross_entropy_lr),
+    ]
+    return main + branches + controls
+
+
+def problem(
+    config: Config,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    loss: str = "mse",
+    activation: str = "tanh",
+) -> tuple[Closure, list[Tensor]]:
+    """The loss, a closure, and the parameters (initialised from `seed`) of one run.
+
+    Images are standardised by `data.standardize`.
+
+    Raises:
+        ValueError: an unknown loss, activation or data set.
+    """
+    losses: dict[str, LossFn] = {"mse": squared_error, "cross-entropy": F.cross_entropy}
+    if loss not in losses:
+        raise ValueError(f'loss must be "mse" or "cross-entropy", got {loss!r}')
+    dataset = data.load(config.data, train=config.images, seed=seed, device=device)
+    x = data.standardize(dataset.x.flatten(1))
+    sizes = (x.shape[1], *config.hidden, dataset.classes)
+    model = models.mlp(sizes, activation, seed=seed, device=device)
+    return lambda: losses[loss](model(x), dataset.y), list(model.parameters())
+
+
+def loss_and_gradient(closure: Closure, params: Sequence[Tensor]) -> tuple[float, Tensor]:
+    """The loss and its gradient as one flat vector (P,)."""
+    loss = closure()
+    grads = torch.autograd.grad(loss, params)
+    return loss.item(), torch.cat([grad.flatten() for grad in grads])
+
+
+@torch.no_grad()
+def move(params: Sequence[Tensor], step: Tensor) -> None:
+    """Add the flat vector `step` (P,) to the parameters, in place."""
+    for param, part in zip(params, step.split([p.numel() for p in params]), strict=True):
+        param += part.view_as(param)
+
+
+def descend(
+    closure: Closure,
+    params: list[Tensor],
+    lr: float,
+    steps: int,
+    *,
+    every: int = 1,
+    substeps: int = 1,
+    blocked: int = 0,
+    tol: float = 1e-2,
+    stop: Callable[[float], bool] | None = None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Columns:
+    """Gradient descent with the sharpness measured every `every` steps.
+
+    Args:
+        closure, params: the loss and what it is minimised over; `params` are moved in place.
+        lr: learning rate; a step is made of `substeps` steps of `lr / substeps`.
+        steps: number of steps; the last point is measured too.
+        blocked: number of top eigenvectors taken out of each step (measured before each, then).
+        tol: largest relative residual of the eigenpairs.
+        stop: ends the run after a measurement whose sharpness it says yes to.
+        tick: told after each step how many are done, and of how many.
+
+    Returns:
+        Columns, one entry a measurement: ``step``, ``loss``, ``sharpness`` (top Hessian
+        eigenvalue), ``residual`` (of that eigenpair), ``along`` (the gradient's component along the
+        top eigenvector), ``next_along`` (the same one step later, along the same vector; NaN at the
+        end), ``rises`` (share of the steps since the last measurement on which the loss rose).
+
+    Raises:
+        FloatingPointError: when the loss stops being finite.
+    """
+    tracker = SharpnessTracker(closure, params, k=max(1, blocked), tol=tol)
+    rows, measured, top = Rows(), -1, torch.empty(0)  # measured: the step of the last row
+    before, rises = math.inf, 0
+    for step in range(steps + 1):
+        due = step % every == 0 or step == steps
+        pairs = tracker.measure() if due or blocked else None
+        if pairs is None:
+            loss, grad = loss_and_gradient(closure, params)
+        else:  # loss and gradient come with the measurement
+            loss, grad = tracker.hessian.loss(), tracker.hessian.gradient()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} after {step} steps of lr={lr:g}")
+        rises += loss > before
+        before = loss
+        if step and measured == step - 1:
+            rows.columns["next_along"][-1] = float(top @ grad)
+        if pairs is not None and due:
+            top, sharpness = pairs.vectors[:, 0], float(pairs.values[0])
+            rows.add(
+                step=step,
+                loss=loss,
+                sharpness=sharpness,
+                residual=float(pairs.residuals[0]),
+                along=float(top @ grad),
+                next_along=math.nan,
+                rises=rises / (step - measured),
+            )
+            measured, rises = step, 0
+            if stop is not None and stop(sharpness):
+                break
+        if step == steps:
+            break
+        if pairs is not None and blocked:
+            grad = grad - pairs.vectors @ (pairs.vectors.T @ grad)
+        move(params, -lr / substeps * grad)
+        for _ in range(substeps - 1):
+            move(params, -lr / substeps * loss_and_gradient(closure, params)[1])
+        tick(step + 1, steps)
+    return rows.columns
+
+
+def run(config: Config, cell: Cell) -> Columns:
+    """One run. Columns as `descend` gives them; ``step`` counts from the initialisation."""
+    lr, path = cell["lr"], cell["path"]
+    main = cell["loss"] == "mse" and cell["activation"] == "tanh"
+    steps = round((config.time if main else config.control_time) / lr)
+    steps = min(steps, round(config.time / min(config.lrs)))
+    closure, params = problem(config, cell.seed, cell.device, cell["loss"], cell["activation"])
+    go_on = partial(descend, closure, params, lr, every=config.every, tol=config.tol)
+    if path == "gd":
+        return go_on(steps, tick=cell.tick)
+    trunk = go_on(steps, stop=lambda sharpness: sharpness >= gd_edge(lr))
+    branch = go_on(
+        round(config.branch_time / lr),
+        substeps=config.substeps if path == "flow" else 1,
+        blocked=config.blocked if path == "blocked" else 0,
+        tick=cell.tick,
+    )
+    branch["step"] = [trunk["step"][-1] + step for step in branch["step"]]
+    return branch
+
+
+# --- what a run says -----------------------------------------------------------------------------
+
+
+def main_runs(runs: SeedRuns) -> list[Run]:
+    """The runs of `config.lrs`, tanh and mse."""
+    return [runs.one(path="gd", loss="mse", activation="tanh", lr=lr) for lr in runs.config["lrs"]]
+
+
+def control(runs: SeedRuns, name: str) -> Run:
+    """The control "small_lr", "relu_lr" or "cross_entropy_lr"."""
+    loss = "cross-entropy" if name == "cross_entropy_lr" else "mse"
+    activation = "relu" if name == "relu_lr" else "tanh"
+    return runs.one(path="gd", loss=loss, activation=activation, lr=runs.config[name])
+
+
+def branches(runs: SeedRuns) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps, and the sharpness there of "gd", "flow" and "blocked"."""
+    lr = runs.config["branch_lr"]
+    chosen = {
+        path: runs.one(path=path, loss="mse", activation="tanh", lr=lr)
+        for path in ("gd", "flow", "blocked")
+    }
+    common = [set(run["step"]) for run in chosen.values()]
+    steps = np.array(sorted(set.intersection(*common)))
+    return steps, {
+        path: run["sharpness"][np.isin(run["step"], steps)] for path, run in chosen.items()
+    }
+
+
+def clock(run: Run) -> np.ndarray:
+    """Learning rate x step at each measurement: the time of gradient flow."""
+    return float(run.settings["lr"]) * run["step"]
+
+
+def ratio(run: Run) -> np.ndarray:
+    """Sharpness over 2/lr at each measurement."""
+    edge: float = gd_edge(run.settings["lr"])
+    return run["sharpness"] / edge
+
+
+# --- what the runs decide ------------------------------------------------------------------------
+
+
+@claim(COHEN, low=2.0, id="progressive sharpening", headline=True)
+def progressive_sharpening(runs: SeedRuns) -> float:
+    """Gradient descent raises the sharpness: its largest value over its initial one, at the
+    smallest main learning rate"""
+    sharpness = main_runs(runs)[0]["sharpness"]
+    return float(sharpness.max() / sharpness[0])
+
+
+@claim(COHEN, 0.9, 1.15, id="hovers at 2/lr", headline=True)
+def hovers(runs: SeedRuns) -> float:
+    """In the second half of training the sharpness hovers at 2/lr: its median over 2/lr, at the
+    learning rate where that is farthest from 1"""
+    return farthest_from_one(second_half_median(ratio(run)) for run in main_runs(runs))
+
+
+@claim(COHEN, low=0.1, id="not monotone")
+def not_monotone(runs: SeedRuns) -> float:
+    """At the edge the loss rises on many single steps: share of them in the second half, at the
+    learning rate where it is smallest"""
+    return min(float(second_half(run["rises"]).mean()) for run in main_runs(runs))
+
+
+@claim(COHEN, high=0.8, id="falls in the long run", headline=True)
+def falls_in_the_long_run(runs: SeedRuns) -> float:
+    """At the edge the loss falls in the long run all the same: final loss over loss at half time,
+    at the learning rate where it falls least"""
+    losses = [run["loss"] for run in main_runs(runs)]
+    return max(float(loss[-1] / loss[len(loss) // 2]) for loss in losses)
+
+
+@claim(DAMIAN, low=0.8, id="oscillates along v1")
+def oscillates_along_top(runs: SeedRuns) -> float:
+    """At the edge gradient descent oscillates along the top eigenvector: share of steps, in the
+    second half, on which the gradient's component along it changes sign, at the learning rate where
+    it is smallest"""
+    products = [run["along"][:-1] * run["next_along"][:-1] for run in main_runs(runs)]
+    return min(float(second_half(product < 0).mean()) for product in products)
+
+
+@claim(DAMIAN, low=0.1, id="oscillation holds sharpness down", headline=True)
+def oscillation_holds_sharpness_down(runs: SeedRuns) -> float:
+    """Without the oscillation (top eigenvectors taken out of each step) the sharpness goes on
+    rising: excess over ordinary gradient descent in the branch's last quarter, over 2/lr"""
+    _, sharpness = branches(runs)
+    excess = sharpness["blocked"] - sharpness["gd"]
+    edge: float = gd_edge(runs.config["branch_lr"])
+    return float(np.median(excess[3 * len(excess) // 4 :])) / edge
+
+
+@claim(DAMIAN, high=0.05, id="blocked follows flow")
+def blocked_follows_flow(runs: SeedRuns) -> float:
+    """Without the oscillation, gradient descent follows the sharpness of gradient flow: largest
+    relative difference along the branch"""
+    _, sharpness = branches(runs)
+    return float(np.abs(sharpness["blocked"] / sharpness["flow"] - 1).max())
+
+
+@claim(CONTROL, high=0.5, id="small lr stays below")
+def small_lr_stays_below(runs: SeedRuns) -> float:
+    """With a small learning rate the edge is not reached in as many steps as the longest main run
+    has: largest sharpness over 2/lr"""
+    return float(ratio(control(runs, "small_lr")).max())
+
+
+@claim(CONTROL, high=0.9, id="ReLU saturates", headline=True)
+def relu_saturates(runs: SeedRuns) -> float:
+    """A ReLU network's sharpness stops rising before it reaches the edge: its largest value over
+    2/lr"""
+    return float(ratio(control(runs, "relu_lr")).max())
+
+
+@claim(COHEN, high=0.5, id="cross-entropy falls at the end")
+def cross_entropy_falls(runs: SeedRuns) -> float:
+    """With cross-entropy the sharpness falls once the images are fitted: final value over its
+    largest"""
+    sharpness = control(runs, "cross_entropy_lr")["sharpness"]
+    return float(sharpness[-1] / sharpness.max())
+
+
+CLAIMS = [
+    progressive_sharpening,
+    hovers,
+    not_monotone,
+    falls_in_the_long_run,
+    oscillates_along_top,
+    oscillation_holds_sharpness_down,
+    blocked_follows_flow,
+    small_lr_stays_below,
+    relu_saturates,
+    cross_entropy_falls,
+]
+
+EXPERIMENT = Experiment(
+    name="edge_of_stability",
+    title="Gradient descent sharpens until 2/lr, and then hovers there",
+    source="Cohen et al. 2021 (arXiv:2103.00065); Damian et al. 2022 (arXiv:2209.15594)",
+    presets={"laptop": LAPTOP, "paper": PAPER},
+    settings=settings,
+    run=run,
+    claims=CLAIMS,
+)

@@ -1,0 +1,1 @@
+"""Experiments of part IV: perturbed inputs instead of perturbed weights."""

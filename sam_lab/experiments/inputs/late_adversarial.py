@@ -1,0 +1,271 @@
+r"""When to begin adversarial training: what late-phase SAM asks, asked of attacks on the inputs.
+
+SGD up to some epoch and adversarial training from there, the reverse, and each throughout, under
+schedules of the learning rate that leave the late phase more of it or less (see `switching`).
+Training attacks with few steps of PGD. The judges are PGD with many steps and restarts, and of
+AutoAttack its two attacks that use the gradient and nothing else. The other two take most of the
+time: they are run on few examples, to see what they add.
+
+The laptop has a fully connected network on the real MNIST digits that a package carries; the
+desktop a small wide residual network on a tenth of CIFAR-10, at the radius of the paper's code; the
+paper's scale that network on all of CIFAR-10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sam_lab.adversarial import AUTOATTACK, Attack, Threat, autoattack, pgd, robust_accuracy
+from sam_lab.data import Dataset
+from sam_lab.experiments.inputs.robustness import GRADIENT_ATTACKS, input_gradient, two_judges
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns
+from sam_lab.experiments.late.switching import (
+    SCHEDULES,
+    branches,
+    ends,
+    off_the_clock,
+    reached,
+    summed_lr,
+)
+from sam_lab.experiments.recipe import CIFAR, CIFAR_TENTH, DIGITS, Recipe
+from sam_lab.training import Training, evaluate
+
+__all__ = ["DESKTOP", "EXPERIMENT", "LAPTOP", "PAPER", "Config", "attack", "prepare", "run"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run.
+
+    Attributes:
+        recipe: data, network and SGD.
+        eps, attack_steps: radius of the attack in the maximum norm, and its steps in training.
+        late, early: at which share of the epochs runs switch to attacked examples, or away.
+        schedules: of the learning rate; the first is the base's.
+        n_autoattack: test examples that AutoAttack's two gradient attacks see.
+        n_all_attacks: those that all four see, of the network that was attacked throughout.
+    """
+
+    recipe: Recipe
+    eps: float = 0.1
+    attack_steps: int = 5
+    late: tuple[float, ...] = (0.5, 0.75, 0.9)
+    early: tuple[float, ...] = (0.5, 0.9)
+    schedules: tuple[str, ...] = ("constant", "steps")
+    n_autoattack: int = 200
+    n_all_attacks: int = 0
+
+
+LAPTOP = Config(
+    DIGITS.but(standardize="network"),
+    schedules=("constant", "steps", "drop"),
+    n_autoattack=500,
+    n_all_attacks=200,
+)
+DESKTOP = Config(
+    CIFAR_TENTH.but(standardize="network", epochs=30),
+    eps=4 / 255,
+    attack_steps=4,
+)
+PAPER = Config(
+    CIFAR.but(standardize="network", epochs=160),
+    eps=4 / 255,
+    attack_steps=10,
+    late=(0.5, 0.75, 0.9, 0.9375),
+    schedules=("constant", "steps", "drop"),
+    n_autoattack=1000,
+    n_all_attacks=1000,
+)
+
+
+def attack(config: Config) -> Attack:
+    """The attack of training."""
+    return partial(pgd, threat=Threat("linf", config.eps), steps=config.attack_steps)
+
+
+def prepare(config: Config, cell: Cell) -> tuple[Training, Dataset]:
+    """A run before its first epoch, of SGD throughout, and its data."""
+    return config.recipe.training(cell.seed, cell.device, schedule=SCHEDULES[cell["schedule"]])
+
+
+def run(config: Config, cell: Cell) -> Columns:
+    """All switching times of one setting.
+
+    Returns:
+        Columns with a row for each run, which trained on attacked examples in the epochs
+        [`switched_on`, `switched_off`); an empty interval is SGD throughout. `passes` through the
+        model in training; `natural_error` and `pgd_error` on the test set, `pgd_error_judged` and
+        `autoattack_error` on its first `n_autoattack` examples; `train_error` and
+        `train_pgd_error` on the measured training examples, the latter under the attack of
+        training; `sharpness` of the cross-entropy in the weights, `input_gradient` (mean 1-norm),
+        on the same. Of the network that was attacked throughout, `checked_error` under all of
+        AutoAttack and `checked_error_by_two` under its two gradient attacks, on the first
+        `n_all_attacks` examples.
+
+    Raises:
+        ValueError: shares of the epochs in `late` or `early` that fall on one epoch, or on none
+            that can be switched at.
+    """
+    start, dataset = prepare(config, cell)
+    rows = Rows()
+    how = {"attack": attack(config)}
+    for interval, _, end in branches(start, config.late, config.early, how, cell.tick):
+        rows.add(**interval, **_at_end(end, dataset, config, cell.seed))
+    columns = rows.columns
+    if config.n_all_attacks:  # the last run was attacked throughout
+        few = slice(config.n_all_attacks)
+        x, y = dataset.x_test[few], dataset.y_test[few]
+        judge = partial(autoattack, threat=Threat("linf", config.eps), seed=cell.seed)
+        judges = {"checked_error": AUTOATTACK, "checked_error_by_two": GRADIENT_ATTACKS}
+        for name, attacks in judges.items():
+            robust = robust_accuracy(end.model, x, y, partial(judge, attacks=attacks))[1]
+            columns[name] = [1 - robust]
+    return columns
+
+
+def _at_end(training: Training, dataset: Dataset, config: Config, seed: int) -> dict[str, float]:
+    recipe, model = config.recipe, training.model
+    x, y = recipe.examined(training)
+    judges = two_judges(
+        model,
+        dataset.x_test,
+        dataset.y_test,
+        Threat("linf", config.eps),
+        n_autoattack=config.n_autoattack,
+        seed=seed,
+    )
+    return {
+        "passes": training.history[-1]["passes"],
+        **judges,
+        "train_error": evaluate(model, x, y)[1],
+        "train_pgd_error": 1 - robust_accuracy(model, x, y, attack(config))[1],
+        "sharpness": recipe.sharpness(training),
+        "input_gradient": input_gradient(model, x, y),
+    }
+
+
+# --- what the runs decide -------------------------------------------------------------------------
+
+ZHOU = Source("Zhou et al. 2025, carried over to adversarial training", "after")
+
+LATE = 0.9  # the share of the epochs that the claims about late training leave to SGD
+ROBUST = "autoattack_error"  # under AutoAttack's two gradient attacks
+
+
+def _points(run: Run, name: str, one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
+    """By how many percentage points the error at the end of one lies above that of the other."""
+    return 100 * (ends(run, name, *one) - ends(run, name, *other))
+
+
+@claim(ZHOU, low=0.8, headline=True)
+def late_is_robust(runs: SeedRuns) -> float:
+    """Adversarial training in the last tenth of the epochs becomes about as robust as throughout:
+    share of the way from SGD's robust error"""
+    return reached(runs.base(), ROBUST, "late", LATE)
+
+
+@claim(OURS, low=0.8)
+def late_half_is_robust(runs: SeedRuns) -> float:
+    """Adversarial training in the second half of the epochs becomes about as robust as throughout:
+    share of the way from SGD's robust error"""
+    return reached(runs.base(), ROBUST, "late", 0.5)
+
+
+@claim(ZHOU, high=0, unit="points")
+def late_is_natural(runs: SeedRuns) -> float:
+    """Adversarial training in the last tenth of the epochs costs no more natural error than
+    throughout: by how much more"""
+    return _points(runs.base(), "natural_error", ("late", LATE), ("full",))
+
+
+@claim(ZHOU, high=0.2)
+def early_is_forgotten(runs: SeedRuns) -> float:
+    """After adversarial training for the first nine tenths, SGD ends about as vulnerable as SGD
+    throughout: share of the way that is left"""
+    return reached(runs.base(), ROBUST, "early", LATE)
+
+
+@claim(ZHOU, low=0, unit="points")
+def late_half_counts_more(runs: SeedRuns) -> float:
+    """Adversarial training in the second half of the epochs makes more robust than in the first:
+    by how much the robust error is smaller"""
+    return _points(runs.base(), ROBUST, ("early", 0.5), ("late", 0.5))
+
+
+@claim(Source("Tsipras et al. 2019", "after"), low=0, unit="points")
+def training_costs_accuracy(runs: SeedRuns) -> float:
+    """Adversarial training throughout has a larger natural error than SGD: by how much"""
+    return _points(runs.base(), "natural_error", ("full",), ("sgd",))
+
+
+@claim(OURS, low=0.2)
+def schedule_decides(runs: SeedRuns) -> float:
+    """The schedule decides what adversarial training in the last tenth can do: share of the way at
+    a constant learning rate less that in steps"""
+    constant, steps = (
+        reached(runs.one(schedule=schedule), ROBUST, "late", LATE)
+        for schedule in ("constant", "steps")
+    )
+    return constant - steps
+
+
+@claim(OURS, -5, 5, unit="points", set_after=True)
+def learning_rate_is_the_clock(runs: SeedRuns) -> float:
+    """What late adversarial training does depends on the learning rate summed over its epochs:
+    robust error after it under the other schedules, less that at a constant rate where the sum is
+    the same (interpolated)"""
+
+    def course(schedule: str) -> tuple[np.ndarray, np.ndarray]:
+        return summed_lr(runs, ROBUST, schedule=schedule)
+
+    return 100 * float(np.mean(off_the_clock(runs, course)))
+
+
+@claim(Source("Croce & Hein 2020", "after"), low=0, unit="points")
+def no_judge_is_alone(runs: SeedRuns) -> float:
+    """AutoAttack's two gradient attacks find more than PGD with restarts: by how much the error is
+    larger, on the same examples, after adversarial training throughout"""
+    run = runs.base()
+    return 100 * (ends(run, ROBUST, "full") - ends(run, "pgd_error_judged", "full"))
+
+
+@claim(CONTROL, high=1, unit="points", set_after=True)
+def two_attacks_suffice(runs: SeedRuns) -> float:
+    """All of AutoAttack finds hardly more than its two gradient attacks: by how much the error is
+    larger, on the same examples, after adversarial training throughout"""
+    run = runs.base()
+    return 100 * (run.value("checked_error") - run.value("checked_error_by_two"))
+
+
+UNDER_EACH_SCHEDULE = [
+    late_is_robust,
+    late_half_is_robust,
+    late_is_natural,
+    early_is_forgotten,
+    late_half_counts_more,
+    training_costs_accuracy,
+]
+CLAIMS = [
+    *UNDER_EACH_SCHEDULE,
+    *(each.under("in-steps", "In steps. ", schedule="steps") for each in UNDER_EACH_SCHEDULE),
+    schedule_decides,
+    learning_rate_is_the_clock,
+    no_judge_is_alone,
+    two_attacks_suffice,
+]
+
+EXPERIMENT = Experiment(
+    name="late_adversarial",
+    title="Late adversarial training: the switching time",
+    source="Zhou et al. 2025 (arXiv:2410.10373), the extension to adversarial training",
+    presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
+    settings=lambda config: [{"schedule": schedule} for schedule in config.schedules],
+    run=run,
+    claims=CLAIMS,
+)

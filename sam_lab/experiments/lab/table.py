@@ -1,0 +1,46 @@
+"""A table that shows wherever the book is read: Jupyter, Colab, a rendered page, a terminal."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+
+__all__ = ["Table"]
+
+
+class Table:
+    """Rows under a header that show as a Markdown table in Jupyter, Colab and the book."""
+
+    def __init__(self, header: list[str], rows: list[list[str]], notes: Iterable[str] = ()) -> None:
+        self.header, self.rows, self.notes = header, rows, list(notes)
+
+    def _repr_markdown_(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+        return "\n\n".join([table, *self.notes])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        """The same as text: one block a row, for a terminal."""
+        width = max((len(name) for name in self.header), default=0)
+        blocks = []
+        for row in self.rows:
+            lines = []
+            for name, cell in zip(self.header, row, strict=True):
+                head = f"{name:<{width}}  "
+                lines.append(
+                    textwrap.fill(cell, 100, initial_indent=head, subsequent_indent=" " * len(head))
+                )
+            blocks.append("\n".join(lines))
+        return "\n\n".join([*blocks, *self.notes]) or "nothing to show"
+
+
+def _cell(text: str) -> str:
+    # A bar would end the cell, and inside $...$ an escaped one would mean a norm.
+    def spell(formula: re.Match[str]) -> str:
+        return formula[0].replace("\\|", r"\Vert{}").replace("|", r"\vert{}")
+
+    return re.sub(r"\$[^$]+\$", spell, " ".join(text.split())).replace("|", r"\|")

@@ -1,0 +1,1 @@
+"""Experiments of part III: SAM late in training."""

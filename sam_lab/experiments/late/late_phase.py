@@ -1,0 +1,433 @@
+r"""The late phase, what its tasks have in common: the grid of switching times, and the claims.
+
+The runs of a setting share their trunks, as `switching` says; what is studied is SAM.
+
+A *setting* differs from the base in one factor at most: the schedule of the learning rate, the
+radius, whether the optimizer's momentum survives the switch, label smoothing.
+
+Sharpness and trace are of the Hessian at the end of a run, over the first `measured` training
+examples without augmentation, the model in evaluation mode (batch norm with its running
+statistics); of two losses: the objective of training (with label smoothing, without weight decay)
+and plain cross-entropy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sam_lab import data, landscape
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
+from sam_lab.experiments.lab.experiment import Cell
+from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import farthest_from_one
+from sam_lab.experiments.late.switching import (
+    SCHEDULES,
+    branches,
+    ends,
+    off_the_clock,
+    reached,
+    summed_lr,
+)
+from sam_lab.experiments.recipe import Recipe
+from sam_lab.objective import Closure
+from sam_lab.perturbations import global_norm
+from sam_lab.training import Training, evaluate
+
+__all__ = [
+    "CLAIMS",
+    "FACTOR_CLAIMS",
+    "Config",
+    "against_summed_lr",
+    "late_over_sgd",
+    "objective",
+    "prepare",
+    "run",
+    "settings",
+]
+
+ZHOU, AFTER_ZHOU = Source("Zhou et al. 2025", "paper"), Source("Zhou et al. 2025", "after")
+SHARPNESS = "sharpness_objective"
+SGD_ONLY, SAM_ONLY = ("sgd",), ("full",)  # as `switching.ends` takes them
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run.
+
+    Attributes:
+        recipe: data, network and SGD.
+        late, early: at which share of the epochs runs switch to SAM, or away from it.
+        schedules, rhos, smoothings, carried: the factors; the first entry of each is the base's.
+            `carried`: whether momentum survives the switch.
+        trace_tol: of the trace, relative standard error.
+        points: on the line from the switch to the end.
+    """
+
+    recipe: Recipe
+    late: tuple[float, ...] = (0.5, 0.75, 0.9, 0.95)
+    early: tuple[float, ...] = (0.5, 0.9)
+    schedules: tuple[str, ...] = ("constant", "steps")
+    rhos: tuple[float, ...] = (0.1,)
+    smoothings: tuple[float, ...] = (0.1,)
+    carried: tuple[bool, ...] = (True,)
+    trace_tol: float = 0.1
+    points: int = 11
+
+
+def settings(config: Config) -> list[Setting]:
+    """The base, and every setting that differs from it in one factor."""
+    factors: dict[str, Sequence[Any]] = {
+        "schedule": config.schedules,
+        "rho": config.rhos,
+        "smoothing": config.smoothings,
+        "carried": config.carried,
+    }
+    base = {name: values[0] for name, values in factors.items()}
+    changed = [{**base, name: v} for name, values in factors.items() for v in values[1:]]
+    return [base, *changed]
+
+
+def prepare(config: Config, cell: Cell, **how: Any) -> tuple[Training, data.Dataset]:
+    """A run before its first epoch, of SGD throughout, and its data.
+
+    Args:
+        how: what else `Recipe.training` takes.
+
+    Raises:
+        ValueError: an unknown data set or schedule, or more examples than there are.
+    """
+    if cell["schedule"] not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise ValueError(f"schedule must be one of {known}, got {cell['schedule']!r}")
+    return config.recipe.training(
+        cell.seed,
+        cell.device,
+        loss_fn=nn.CrossEntropyLoss(label_smoothing=cell["smoothing"]),
+        schedule=SCHEDULES[cell["schedule"]],
+        carry=cell["carried"],
+        **how,
+    )
+
+
+def run(config: Config, cell: Cell) -> Columns:
+    """All switching times of one setting.
+
+    Returns:
+        Columns with a row for each run, whose epochs of SAM are [`switched_on`, `switched_off`); an
+        empty interval is SGD throughout. `passes` through the model in training; `objective` (mean
+        loss of training over the whole training set), `train_loss` and `train_error` (cross-entropy
+        and share of errors), `test_loss`, `test_error`; `sharpness_objective`, `sharpness`,
+        `trace`, `trace_stderr` (the latter three of cross-entropy), `norm` of the weights; and from
+        the switch to the end, NaN where nothing switches, `distance` and `barrier`, with
+        `switch_objective` and `switch_sharpness` (of the objective) as they were before.
+
+    Raises:
+        ValueError: shares of the epochs in `late` or `early` that fall on one epoch, or on none
+            that can be switched at.
+    """
+    start, dataset = prepare(config, cell)
+    how = {"rho": cell["rho"]}
+    rows = Rows()
+    for interval, switch, end in branches(start, config.late, config.early, how, cell.tick):
+        way = dict.fromkeys(_WAY, float("nan")) if switch is None else _way(switch, end, config)
+        rows.add(**interval, **_end(end, dataset, config), **way)
+    return rows.columns
+
+
+_WAY = ("distance", "barrier", "switch_objective", "switch_sharpness")
+
+
+def objective(training: Training, recipe: Recipe) -> Closure:
+    """The loss of training over the examined examples, a closure; in the model's present mode."""
+    x, y = recipe.examined(training)
+    return lambda: training.loss_fn(training.model(x), y)
+
+
+def _end(training: Training, dataset: data.Dataset, config: Config) -> dict[str, float]:
+    """What is measured at the end of a run."""
+    model, recipe = training.model, config.recipe
+    cross_entropy = nn.functional.cross_entropy
+    train_loss, train_error = evaluate(model, dataset.x, dataset.y)
+    test_loss, test_error = evaluate(model, dataset.x_test, dataset.y_test)
+    trace = recipe.hessian(training, cross_entropy).trace(tol=config.trace_tol)
+    return {
+        "passes": training.history[-1]["passes"],
+        "objective": evaluate(model, dataset.x, dataset.y, training.loss_fn)[0],
+        "train_loss": train_loss,
+        "train_error": train_error,
+        "test_loss": test_loss,
+        "test_error": test_error,
+        "sharpness_objective": recipe.sharpness(training),
+        "sharpness": recipe.sharpness(training, cross_entropy),
+        "trace": trace.value,
+        "trace_stderr": trace.stderr,
+        "norm": float(global_norm(list(model.parameters()))),
+    }
+
+
+def _way(switch: Training, end: Training, config: Config) -> dict[str, float]:
+    """What lies between the switch and the end."""
+    recipe = config.recipe
+    before, after = landscape.weights(switch.model), landscape.weights(end.model)
+    end.model.eval()
+    line = landscape.line(
+        objective(end, recipe),
+        end.model,
+        before,
+        after,
+        config.points,
+        refresh=recipe.examined(end)[0].split(1000),
+    )
+    apart = [two - one for one, two in zip(before, after, strict=True)]
+    return {
+        "distance": float(global_norm(apart)),
+        "barrier": line.barrier,
+        "switch_objective": recipe.hessian(switch).loss(),
+        "switch_sharpness": recipe.sharpness(switch),
+    }
+
+
+# --- what has been run ----------------------------------------------------------------------------
+
+LATE = 0.9  # the share of the epochs that the claims about late SAM leave to SGD
+
+
+def late_over_sgd(run: Run) -> float:
+    """Sharpness after SAM in the last tenth, over that of SGD throughout."""
+    return _ratio(run, SHARPNESS, ("late", LATE), SGD_ONLY)
+
+
+def against_summed_lr(result: Result, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How far the sharpness has come, against how long late SAM has had.
+
+    Args:
+        changed: the factor in which the setting differs from the base.
+
+    Returns:
+        The learning rate summed over the epochs of SAM (T,), ascending, for each late switch;
+        sharpness at the end over that of SGD throughout, (seeds, T).
+    """
+    courses = [_course(runs, **changed) for runs in result.by_seed()]
+    return courses[0][0], np.array([ratio for _, ratio in courses])
+
+
+def _course(runs: SeedRuns, **changed: Any) -> tuple[np.ndarray, np.ndarray]:
+    sums, sharpness = summed_lr(runs, SHARPNESS, **changed)
+    return sums, sharpness / ends(runs.base(**changed), SHARPNESS, *SGD_ONLY)
+
+
+def _ratio(run: Run, name: str, one: tuple[Any, ...], two: tuple[Any, ...]) -> float:
+    return ends(run, name, *one) / ends(run, name, *two)
+
+
+def _points(run: Run, one: tuple[Any, ...], two: tuple[Any, ...]) -> float:
+    """By how many percentage points the test error of one end lies above that of another."""
+    return 100 * (ends(run, "test_error", *one) - ends(run, "test_error", *two))
+
+
+def _share(run: Run, method: str, at: float, name: str = SHARPNESS) -> float:
+    """The share of the way from SGD to SAM throughout, in the logarithm."""
+    return reached(run, name, method, at, log=True)
+
+
+def _late_sharpness(run: Run) -> float:
+    return ends(run, SHARPNESS, "late", LATE)
+
+
+# --- what the runs decide -------------------------------------------------------------------------
+
+
+@claim(AFTER_ZHOU, high=0.8)
+def sam_is_flatter(runs: SeedRuns) -> float:
+    """SAM throughout ends flatter than SGD: sharpness of the training objective, ratio"""
+    return _ratio(runs.base(), SHARPNESS, SAM_ONLY, SGD_ONLY)
+
+
+@claim(ZHOU, low=0.8, headline=True)
+def late_sam_is_as_flat(runs: SeedRuns) -> float:
+    """SAM in the last tenth of the epochs reaches about the sharpness of SAM throughout: share of
+    the way from SGD's, in the logarithm"""
+    return _share(runs.base(), "late", LATE)
+
+
+@claim(AFTER_ZHOU, low=0.8)
+def late_sam_is_as_flat_in_trace(runs: SeedRuns) -> float:
+    """SAM in the last tenth of the epochs reaches about the trace of SAM throughout, that of the
+    Hessian of cross-entropy: share of the way from SGD's, in the logarithm"""
+    return _share(runs.base(), "late", LATE, "trace")
+
+
+@claim(OURS, low=0.5)
+def late_sam_halfway(runs: SeedRuns) -> float:
+    """SAM in the last tenth of the epochs goes at least half of the way from SGD's sharpness to
+    that of SAM throughout: share of it, in the logarithm"""
+    return _share(runs.base(), "late", LATE)
+
+
+@claim(AFTER_ZHOU, low=0.0, unit="points")
+def sam_generalizes_better(runs: SeedRuns) -> float:
+    """SAM throughout has a smaller test error than SGD: by how much"""
+    return _points(runs.base(), SGD_ONLY, SAM_ONLY)
+
+
+@claim(AFTER_ZHOU, low=0.0, unit="points")
+def late_sam_generalizes_better(runs: SeedRuns) -> float:
+    """SAM in the last tenth has a smaller test error than SGD: by how much"""
+    return _points(runs.base(), SGD_ONLY, ("late", LATE))
+
+
+@claim(ZHOU, -0.25, 0.25, unit="points", headline=True)
+def late_sam_generalizes_as_well(runs: SeedRuns) -> float:
+    """SAM in the last tenth has about the test error of SAM throughout: by how much it is larger"""
+    return _points(runs.base(), ("late", LATE), SAM_ONLY)
+
+
+@claim(AFTER_ZHOU, high=0.9)
+def late_half_counts_more(runs: SeedRuns) -> float:
+    """SAM in the second half of the epochs ends flatter than SAM in the first half: sharpness of
+    the training objective, ratio"""
+    return _ratio(runs.base(), SHARPNESS, ("late", 0.5), ("early", 0.5))
+
+
+@claim(AFTER_ZHOU, low=0.0, unit="points")
+def late_half_generalizes_better(runs: SeedRuns) -> float:
+    """SAM in the second half of the epochs has a smaller test error than SAM in the first half: by
+    how much"""
+    return _points(runs.base(), ("early", 0.5), ("late", 0.5))
+
+
+@claim(AFTER_ZHOU, high=0.2)
+def early_sam_is_forgotten(runs: SeedRuns) -> float:
+    """After SAM for the first nine tenths, SGD ends about as sharp as SGD throughout: share of the
+    way from SGD's sharpness to SAM's that is left"""
+    return _share(runs.base(), "early", LATE)
+
+
+@claim(ZHOU, high=0.05)
+def no_barrier(runs: SeedRuns) -> float:
+    """Switch and end lie in one valley: barrier on the straight line between them, over the
+    objective at the switch"""
+    barrier, level = (
+        ends(runs.base(), name, "late", LATE) for name in ("barrier", "switch_objective")
+    )
+    return barrier / level
+
+
+@claim(OURS, high=0.5)
+def learning_rate_decides(runs: SeedRuns) -> float:
+    """With the schedule that takes the learning rate down in steps, SAM in the last tenth changes
+    the sharpness less than half as much as at a constant one: ratio of the logarithms of late SAM's
+    sharpness over SGD's"""
+    constant, steps = (
+        float(np.log(late_over_sgd(runs.base(schedule=name)))) for name in ("constant", "steps")
+    )
+    return steps / constant
+
+
+_AT_CONSTANT_RATE = [
+    sam_is_flatter,
+    late_sam_is_as_flat,
+    late_sam_is_as_flat_in_trace,
+    late_sam_halfway,
+    sam_generalizes_better,
+    late_sam_generalizes_better,
+    late_sam_generalizes_as_well,
+    late_half_counts_more,
+    late_half_generalizes_better,
+    early_sam_is_forgotten,
+    no_barrier,
+]
+# Asked after the runs, with the criteria of the others.
+_IN_STEPS = [
+    dataclasses.replace(
+        one.under("in-steps", "In steps. ", schedule="steps"), set_after=True, headline=False
+    )
+    for one in (
+        sam_is_flatter,
+        late_sam_is_as_flat,
+        sam_generalizes_better,
+        late_sam_generalizes_better,
+        late_half_counts_more,
+        late_half_generalizes_better,
+        early_sam_is_forgotten,
+    )
+]
+CLAIMS = [*_AT_CONSTANT_RATE, *_IN_STEPS, learning_rate_decides]
+"""The paper's claims on one task, at a constant learning rate and with the schedule of the paper's
+code, and what decides them."""
+
+
+@claim(OURS, 0.8, 1.25, set_after=True, headline=True)
+def learning_rate_is_the_clock(runs: SeedRuns) -> float:
+    """What late SAM does depends on the learning rate summed over its epochs: sharpness over SGD's
+    under the other schedules, over that at a constant rate where the sum is the same
+    (interpolated), farthest from 1"""
+
+    def course(schedule: str) -> tuple[np.ndarray, np.ndarray]:
+        sums, ratio = _course(runs, schedule=schedule)
+        return sums, np.log(ratio)
+
+    return farthest_from_one(np.exp(off_the_clock(runs, course)))
+
+
+@claim(OURS, low=0.5)
+def late_sam_before_a_drop(runs: SeedRuns) -> float:
+    """SAM in the last quarter, with the learning rate dropping to a tenth for the last tenth, goes
+    at least half of the way from SGD's sharpness to SAM's"""
+    return _share(runs.base(schedule="drop"), "late", 0.75)
+
+
+@claim(OURS, low=0.0, unit="points")
+def late_sam_before_a_drop_generalizes(runs: SeedRuns) -> float:
+    """SAM in the last quarter, with the learning rate dropping to a tenth for the last tenth, has a
+    smaller test error than SGD with the same schedule: by how much"""
+    return _points(runs.base(schedule="drop"), SGD_ONLY, ("late", 0.75))
+
+
+@claim(CONTROL, low=0.0, unit="points")
+def early_sam_before_a_drop_generalizes(runs: SeedRuns) -> float:
+    """SAM in the first quarter, with the learning rate dropping to a tenth for the last tenth, has
+    a smaller test error than SGD with the same schedule: by how much"""
+    return _points(runs.base(schedule="drop"), SGD_ONLY, ("early", 0.25))
+
+
+@claim(OURS, 0.8, 1.25)
+def momentum_does_not_decide(runs: SeedRuns) -> float:
+    """Whether momentum survives the switch makes no difference: sharpness after SAM in the last
+    tenth, carried over emptied"""
+    carried, emptied = (_late_sharpness(runs.base(carried=carried)) for carried in (True, False))
+    return carried / emptied
+
+
+@claim(OURS, high=0.8)
+def radius_decides(runs: SeedRuns) -> float:
+    """The larger radius ends flatter: sharpness after SAM in the last tenth, largest radius over
+    smallest"""
+    radii = [run.settings["rho"] for run in runs.runs]
+    largest, smallest = (_late_sharpness(runs.base(rho=rho)) for rho in (max(radii), min(radii)))
+    return largest / smallest
+
+
+@claim(OURS, low=1.0)
+def plain_loss_misleads(runs: SeedRuns) -> float:
+    """Trained without label smoothing, late SAM looks sharper than SGD, whose loss and curvature
+    vanish: ratio of sharpness"""
+    return late_over_sgd(runs.base(smoothing=0.0))
+
+
+FACTOR_CLAIMS = [
+    learning_rate_is_the_clock,
+    late_sam_before_a_drop,
+    late_sam_before_a_drop_generalizes,
+    early_sam_before_a_drop_generalizes,
+    momentum_does_not_decide,
+    radius_decides,
+    plain_loss_misleads,
+]
+"""What else could decide: for tasks that change momentum, radius and smoothing too."""

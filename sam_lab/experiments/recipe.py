@@ -1,0 +1,217 @@
+"""What a run trains, whatever is studied: data, a network, and plain SGD."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_lab import data, models
+from sam_lab.curvature import Hessian
+from sam_lab.data import Dataset
+from sam_lab.training import LossFn, Phase, Training, crop_and_flip
+
+__all__ = ["CIFAR", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
+
+STANDARDIZE = ("nowhere", "data", "network")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Data, network and SGD of an experiment on images, and what its Hessian is taken over.
+
+    Attributes:
+        data, train, test: the data set, and how many examples of it.
+        standardize: where the channels are brought to mean 0 and variance 1: "nowhere"; in the
+            "data"; or in a first layer of the "network", which then takes pixels in [0, 1], as
+            attacks on the inputs need them.
+        hidden: widths of a fully connected network's hidden layers; if there are none, `channels`
+            of a convolutional network (see `models.cnn`); if there are none of these either,
+            `depth`, `width` and `stride` of a wide residual network (see `models.wide_resnet`).
+        augment: whether images are shifted and mirrored.
+        epochs, batch, lr, momentum, weight_decay: of SGD.
+        measured: training examples over which the Hessian is taken.
+        tol: of its top eigenvalue, relative residual.
+
+    Raises:
+        ValueError: another value of `standardize`.
+    """
+
+    data: str
+    train: int
+    test: int
+    standardize: str = "nowhere"
+    hidden: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
+    depth: int = 10
+    width: int = 1
+    stride: int = 1
+    augment: bool = False
+    epochs: int = 40
+    batch: int = 128
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    measured: int = 1000
+    tol: float = 5e-2
+
+    def __post_init__(self) -> None:
+        if self.standardize not in STANDARDIZE:
+            raise ValueError(
+                f"standardize must be one of {', '.join(STANDARDIZE)}, got {self.standardize!r}"
+            )
+
+    def but(self, **changed: Any) -> Recipe:
+        """The same recipe with something changed."""
+        return dataclasses.replace(self, **changed)
+
+    def dataset(self, seed: int = 0, device: torch.device | str = "cpu") -> Dataset:
+        """The data that a run with this seed has.
+
+        Raises:
+            ValueError: an unknown data set, or more examples than there are.
+        """
+        dataset = data.load(self.data, train=self.train, test=self.test, seed=seed, device=device)
+        if self.standardize != "data":
+            return dataset
+        std, mean = torch.std_mean(dataset.x, (0, 2, 3), keepdim=True)
+        return dataclasses.replace(
+            dataset, x=(dataset.x - mean) / std, x_test=(dataset.x_test - mean) / std
+        )
+
+    def network(
+        self,
+        dataset: Dataset,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        norm: str = "none",
+    ) -> nn.Module:
+        """A new network for the inputs and classes of the data; a wide residual one has its weights
+        with the channels last.
+
+        Args:
+            norm: that of `models.mlp` or `models.cnn`; a wide residual network has batch norm
+                whatever it is.
+
+        Raises:
+            ValueError: a norm that the network cannot have.
+        """
+        net = self._network(dataset, seed, device, norm)
+        if self.standardize != "network":
+            return net
+        std, mean = torch.std_mean(dataset.x, (0, 2, 3))
+        return nn.Sequential(models.Normalize(mean.tolist(), std.tolist()).to(device), net)
+
+    def _network(
+        self, dataset: Dataset, seed: int, device: torch.device | str, norm: str
+    ) -> nn.Module:
+        shape, classes = dataset.x.shape[1:], dataset.classes
+        if self.hidden:
+            sizes = (shape.numel(), *self.hidden, classes)
+            return models.mlp(sizes, "relu", norm=norm, seed=seed, device=device)
+        if self.channels:
+            return models.cnn(
+                shape,
+                classes,
+                "relu",
+                widths=self.channels,
+                pooling="max",
+                norm=norm,
+                seed=seed,
+                device=device,
+            )
+        net: nn.Module = models.wide_resnet(
+            self.depth, self.width, shape, classes, stride=self.stride, seed=seed, device=device
+        )
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net
+
+    def training(
+        self,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        phases: Sequence[Phase] | None = None,
+        examples: int | None = None,
+        weight_decay: float | None = None,
+        norm: str = "none",
+        weights: int | None = None,
+        order: int | None = None,
+        **how: Any,
+    ) -> tuple[Training, Dataset]:
+        """A run before its first epoch, and its data.
+
+        Args:
+            phases: of the training; SGD alone unless given.
+            examples: how many of the training set are trained on; all unless given.
+            weight_decay: another than the recipe's.
+            norm: of the network, see `network`.
+            weights, order: seeds of their own for the initial weights, and for the order of the
+                examples and all else that the epochs draw; `seed` unless given.
+            how: what `Training` takes besides: `schedule`, `loss_fn`, `carry`.
+
+        Raises:
+            ValueError: an unknown data set, more examples than there are, or a norm that the
+                network cannot have.
+        """
+        dataset = self.dataset(seed, device)
+        few = slice(examples)
+        optimizer = partial(
+            torch.optim.SGD,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay if weight_decay is None else weight_decay,
+        )
+        training = Training(
+            self.network(dataset, seed if weights is None else weights, device, norm=norm),
+            dataset.x[few],
+            dataset.y[few],
+            optimizer,
+            [Phase(0, self.epochs)] if phases is None else phases,
+            batch=self.batch,
+            augment=crop_and_flip() if self.augment else None,
+            seed=seed if order is None else order,
+            **how,
+        )
+        return training, dataset
+
+    def examined(self, training: Training) -> tuple[Tensor, Tensor]:
+        """The training examples over which the Hessian is taken, and their labels."""
+        return training.x[: self.measured], training.y[: self.measured]
+
+    def hessian(self, training: Training, loss_fn: LossFn | None = None) -> Hessian:
+        """The Hessian over the examined examples, of the loss of training unless another is given;
+        puts the model into evaluation mode."""
+        return hessian(training.model, *self.examined(training), loss_fn or training.loss_fn)
+
+    def sharpness(self, training: Training, loss_fn: LossFn | None = None) -> float:
+        """The top eigenvalue of that Hessian."""
+        return float(self.hessian(training, loss_fn).top(tol=self.tol).values[0])
+
+
+def hessian(
+    model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn = nn.functional.cross_entropy
+) -> Hessian:
+    """The Hessian of the mean loss over examples (N, ...) with labels (N,), in the model's
+    parameters; puts the model into evaluation mode."""
+    model.eval()
+    return Hessian.over(
+        list(zip(x.split(1000), y.split(1000), strict=True)),
+        lambda x, y: loss_fn(model(x), y),
+        list(model.parameters()),
+        model,
+    )
+
+
+DIGITS = Recipe("mnist_5k", 4000, 1000, hidden=(200, 200))
+"""The laptop's: the real MNIST digits that a package carries, and a fully connected network."""
+CIFAR_TENTH = Recipe("cifar10", 5000, 500, stride=2, lr=0.1)
+"""The desktop's: a tenth of CIFAR-10, and a small wide residual network."""
+CIFAR = Recipe("cifar10", 50_000, 10_000, depth=16, width=8, augment=True, epochs=100, lr=0.1)
+"""The paper's: WRN-16-8 on all of CIFAR-10."""

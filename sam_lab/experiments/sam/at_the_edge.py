@@ -1,0 +1,279 @@
+r"""What the three tasks of Long & Bartlett have in common: the grid, the run, and the claims.
+
+Each task is a network, data and a loss; it is trained with plain gradient descent (rho = 0) and
+with SAM, over a grid of learning rates and radii, and followed by `EdgeRecorder`. The claims are
+the same for all, so that a task is its own file and no more than what is its own.
+
+Where a claim speaks of all settings, its statistic is that of the worst one. "After arrival" is at
+the latest from half time on: a run whose sharpness never comes to its edge is judged there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.experiments.lab.experiment import Cell
+from sam_lab.experiments.lab.result import Columns, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import (
+    farthest_from_one,
+    second_half_median,
+    second_half_width,
+)
+from sam_lab.objective import Closure
+from sam_lab.recorder import EdgeRecorder
+from sam_lab.sam import SAM
+
+__all__ = [
+    "CLAIMS",
+    "Grid",
+    "arrival",
+    "at_equal_loss",
+    "descent",
+    "follow",
+    "full_batch",
+    "grid",
+    "perturbed",
+    "ratio",
+]
+
+LONG_BARTLETT = Source("Long & Bartlett 2024", "after")
+ARRIVED, LASTING = 0.9, 0.9  # share of the edge, and of the measurements from then on
+
+
+class Grid(Protocol):
+    """What a task's config has, besides its own fields.
+
+    Attributes:
+        lrs: learning rates, the smallest first.
+        rhos: radii; the first is 0, which is gradient descent.
+        steps, every: steps of a run, and from one measurement to the next.
+        tol: tolerance on the residual of an eigenpair, relative to the eigenvalue.
+    """
+
+    @property
+    def lrs(self) -> tuple[float, ...]: ...
+    @property
+    def rhos(self) -> tuple[float, ...]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def tol(self) -> float: ...
+
+
+def grid(config: Grid) -> list[Setting]:
+    """Every learning rate with every radius."""
+    return [{"lr": lr, "rho": rho} for lr in config.lrs for rho in config.rhos]
+
+
+def follow(
+    sam: SAM,
+    closure: Closure,
+    steps: int,
+    every: int,
+    tol: float,
+    tick: Callable[[int, int], None],
+) -> Columns:
+    """So many steps of SAM on one loss, from the first to the last as `EdgeRecorder` sees them."""
+    record = EdgeRecorder(sam, closure, every=every, tol=tol)
+    for step in range(steps):
+        record()
+        sam.step(closure)
+        tick(step + 1, steps)
+    record(now=True)
+    return record.columns
+
+
+def full_batch(
+    problem: Callable[..., tuple[nn.Module, Closure]],
+) -> Callable[[Any, Cell], Columns]:
+    """The `run` of a full-batch task: SAM around plain gradient descent, followed to its end.
+
+    Args:
+        problem: ``problem(config, seed, device)`` gives the network and its loss, a closure.
+
+    Returns:
+        ``run(config, cell)``, which returns the columns of `EdgeRecorder`.
+    """
+
+    def run(config: Grid, cell: Cell) -> Columns:
+        model, closure = problem(config, cell.seed, cell.device)
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=cell["lr"]), cell["rho"], model)
+        return follow(sam, closure, config.steps, config.every, config.tol, cell.tick)
+
+    return run
+
+
+# --- what a run says -----------------------------------------------------------------------------
+
+
+def ratio(run: Run) -> np.ndarray:
+    """Sharpness over the edge of the run's own optimizer, at each measurement."""
+    return run["sharpness"] / run["sam_edge"]
+
+
+def arrival(run: Run) -> float:
+    """The step on which the sharpness came to its edge and, by and large, stayed.
+
+    The first measurement with at least 90% of the edge from which on nine in ten have as much. A
+    run that starts beyond its edge and is thrown far below it has not arrived. At least one
+    interval between measurements; the last step where the sharpness never gets there.
+    """
+    there = ratio(run) >= ARRIVED
+    onward = np.cumsum(there[::-1])[::-1] / np.arange(len(there), 0, -1)
+    candidates = run["step"][there & (onward >= LASTING)]
+    first = candidates[0] if len(candidates) else run["step"][-1]
+    return float(max(first, run["step"][1]))
+
+
+def at_equal_loss(run: Run, other: Run) -> float:
+    """Sharpness of one run over that of another, at the smallest loss that both have reached."""
+    level = max(run["loss"].min(), other["loss"].min())
+
+    def there(one: Run) -> float:
+        return float(one["sharpness"][np.flatnonzero(one["loss"] <= level)[0]])
+
+    return there(run) / there(other)
+
+
+def descent(runs: SeedRuns, lr: float) -> Run:
+    """The run of gradient descent."""
+    return runs.one(lr=lr, rho=0.0)
+
+
+def perturbed(runs: SeedRuns) -> list[Run]:
+    """The runs of SAM, those with rho > 0."""
+    return [run for run in runs.runs if run.settings["rho"] > 0]
+
+
+def _beside_descent(runs: SeedRuns) -> list[tuple[Run, Run]]:
+    """Each run of SAM with that of gradient descent at the same learning rate."""
+    return [(run, descent(runs, run.settings["lr"])) for run in perturbed(runs)]
+
+
+# --- what the runs decide ------------------------------------------------------------------------
+
+
+def _after_arrival(run: Run, *names: str) -> list[np.ndarray]:
+    """The columns from the arrival on, at the latest from half time on."""
+    there = run["step"] >= min(arrival(run), run["step"][-1] / 2)
+    return [run[name][there] for name in names]
+
+
+def _edge_falls(run: Run) -> float:
+    (edge,) = _after_arrival(run, "sam_edge")
+    tail = edge[-max(len(edge) // 10, 1) :]
+    return float(np.median(tail) / edge[0])
+
+
+def _follows(run: Run) -> float:
+    """Slope of log sharpness against log edge, from the arrival on."""
+    sharpness, edge = _after_arrival(run, "sharpness", "sam_edge")
+    x, y = np.log(edge), np.log(sharpness)
+    return float(np.cov(x, y)[0, 1] / np.var(x, ddof=1))
+
+
+def _better_aligned(run: Run) -> float:
+    grad, sam = _after_arrival(run, "grad_align", "sam_align")
+    return float(np.mean(sam > grad))
+
+
+def _alignment_gain(run: Run) -> float:
+    grad, sam = _after_arrival(run, "grad_align", "sam_align")
+    return float(np.mean(sam - grad))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@claim(Source("Cohen et al. 2021; Long & Bartlett 2024", "after"), 0.9, 1.15)
+def gd_hovers(runs: SeedRuns) -> float:
+    """Gradient descent's sharpness hovers at 2/lr: second-half median of sharpness over 2/lr, at
+    the largest learning rate"""
+    return second_half_median(ratio(descent(runs, max(runs.config["lrs"]))))
+
+
+@claim(LONG_BARTLETT, 0.9, 1.15, headline=True)
+def sam_hovers(runs: SeedRuns) -> float:
+    """SAM's sharpness hovers at the SAM edge: second-half median of sharpness over edge, at the
+    setting where that is farthest from 1"""
+    return farthest_from_one(second_half_median(ratio(run)) for run in perturbed(runs))
+
+
+@claim(LONG_BARTLETT, high=0.3)
+def sam_stays_near(runs: SeedRuns) -> float:
+    """SAM's sharpness stays near the SAM edge: second-half width, from the 10th to the 90th
+    percentile, of sharpness over edge, at the setting where it is largest"""
+    return max(second_half_width(ratio(run)) for run in perturbed(runs))
+
+
+@claim(LONG_BARTLETT, high=0.9, id="below-2/lr")
+def below_gd_edge(runs: SeedRuns) -> float:
+    """SAM's sharpness lies below the edge of gradient descent: its second-half median over 2/lr, at
+    the setting where it is largest"""
+    return max(second_half_median(run["sharpness"] / run["gd_edge"]) for run in perturbed(runs))
+
+
+@claim(LONG_BARTLETT, high=0.9, headline=True)
+def below_gd_at_equal_loss(runs: SeedRuns) -> float:
+    """At equal training loss SAM's sharpness is below gradient descent's of the same learning rate:
+    ratio, at the setting where it is largest"""
+    return max(at_equal_loss(*pair) for pair in _beside_descent(runs))
+
+
+@claim(LONG_BARTLETT, high=0.8)
+def edge_falls(runs: SeedRuns) -> float:
+    """The SAM edge falls as the gradient shrinks: median edge of the last tenth over the edge on
+    arrival, at the setting where it falls least"""
+    return max(_edge_falls(run) for run in perturbed(runs))
+
+
+@claim(CONTROL, 0.75, 1.25, headline=True)
+def sharpness_follows(runs: SeedRuns) -> float:
+    """As the SAM edge falls the sharpness falls with it, which no fixed quadratic's can: slope of
+    log sharpness against log edge after arrival, at the setting where it is farthest from 1"""
+    return farthest_from_one(_follows(run) for run in perturbed(runs))
+
+
+@claim(LONG_BARTLETT, low=0.75)
+def sam_better_aligned(runs: SeedRuns) -> float:
+    """SAM's gradient is better aligned with the top eigenvector than the plain one: share of
+    measurements after arrival, mean over settings"""
+    return _mean([_better_aligned(run) for run in perturbed(runs)])
+
+
+@claim(LONG_BARTLETT, low=0.05)
+def alignment_gain(runs: SeedRuns) -> float:
+    """SAM's gradient is noticeably better aligned: mean gain in |cos| with the top eigenvector
+    after arrival, mean over settings"""
+    return _mean([_alignment_gain(run) for run in perturbed(runs)])
+
+
+@claim(LONG_BARTLETT, high=0.5)
+def sam_arrives_early(runs: SeedRuns) -> float:
+    """SAM reaches its edge earlier in training than gradient descent reaches 2/lr: ratio of the
+    steps, at the setting where it is largest"""
+    return max(arrival(run) / arrival(base) for run, base in _beside_descent(runs))
+
+
+CLAIMS = [
+    gd_hovers,
+    sam_hovers,
+    sam_stays_near,
+    below_gd_edge,
+    below_gd_at_equal_loss,
+    edge_falls,
+    sharpness_follows,
+    sam_better_aligned,
+    alignment_gain,
+    sam_arrives_early,
+]
+"""The paper's claims on one task, each decided by the grid of runs."""

@@ -1,0 +1,243 @@
+r"""SAM at its edge, task (c) of Long & Bartlett: a Transformer language model with minibatches.
+
+Next-character prediction on real text: SAM around plain SGD, a fresh random minibatch for every
+step, the same in all runs of one seed. The loss is the cross-entropy in nats, mean over tokens.
+
+With minibatches "the Hessian" and "the gradient" are two questions each. Every run is therefore
+measured twice, at the same steps:
+
+* on a large *fixed* batch (columns without a prefix): the training loss, but for the sampling error
+  of that batch. Its edge has the norm of its own gradient in it, although SAM perturbs along the
+  minibatch's, which is longer by the minibatch's noise;
+* on the *current* minibatch (columns ``batch_...``), whose gradient and Hessian the step uses; this
+  is what the paper's code does. The step after it is on other data: to be above this edge once
+  need not make the iterate swing ever wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_lab import models, text
+from sam_lab.experiments.lab.claims import CONTROL, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Run, SeedRuns
+from sam_lab.experiments.lab.statistics import second_half_median, second_half_width
+from sam_lab.experiments.sam import at_the_edge
+from sam_lab.experiments.sam.at_the_edge import descent, perturbed, ratio
+from sam_lab.recorder import EdgeRecorder
+from sam_lab.sam import SAM
+
+PREFIX = "batch_"  # of the columns that are measured on the current minibatch
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run.
+
+    Attributes:
+        data: the text.
+        layers, width, heads, key: of the Transformer.
+        length: characters of a window.
+        batch: windows of a minibatch.
+        fixed: windows of the fixed batch.
+        lrs, rhos, steps, every, tol: see `at_the_edge.Grid`.
+    """
+
+    data: str = "python_reference"
+    layers: int = 2
+    width: int = 32
+    heads: int = 4
+    key: int = 8
+    length: int = 32
+    batch: int = 16
+    fixed: int = 64
+    lrs: tuple[float, ...] = (0.1, 0.4)
+    rhos: tuple[float, ...] = (0.0, 0.03, 0.1)
+    steps: int = 400
+    every: int = 16
+    tol: float = 2e-2
+
+
+LAPTOP = Config()
+DESKTOP = Config(
+    data="shakespeare",
+    layers=3,
+    width=64,
+    key=16,
+    length=64,
+    rhos=(0.0, 0.1),
+    steps=1200,
+    every=60,
+)
+# Network, text and minibatch of the paper's code, with its learning rate and radius in the grid.
+PAPER = Config(
+    data="shakespeare",
+    layers=6,
+    width=128,
+    heads=8,
+    key=32,
+    length=64,
+    batch=128,
+    fixed=512,
+    steps=10_000,
+    every=100,
+)
+
+
+def problem(
+    config: Config, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Batch, Callable[[], Batch]]:
+    """What one run consists of, all of it from `seed`.
+
+    Returns:
+        The network; its loss on given inputs and targets; the fixed batch; and a function that
+        draws the next minibatch.
+
+    Raises:
+        ValueError: an unknown text, or a network that cannot be built.
+    """
+    tokens = text.load(config.data, device=device).tokens
+    model = models.transformer(
+        text.VOCAB,
+        config.width,
+        config.layers,
+        config.heads,
+        config.length,
+        key=config.key,
+        seed=seed,
+        device=device,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    fixed = text.windows(tokens, config.length, config.fixed, generator)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    def draw() -> Batch:
+        return text.windows(tokens, config.length, config.batch, generator)
+
+    return model, loss, fixed, draw
+
+
+def run(config: Config, cell: Cell) -> Columns:
+    """One run; the columns of `EdgeRecorder` on the fixed batch, and on the current one."""
+    model, loss, fixed, draw = problem(config, cell.seed, cell.device)
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=cell["lr"]), cell["rho"], model)
+    batch = draw()
+
+    def current() -> Tensor:
+        return loss(*batch)
+
+    record = EdgeRecorder(sam, lambda: loss(*fixed), every=config.every, tol=config.tol)
+    record_batch = EdgeRecorder(sam, current, every=config.every, tol=config.tol)
+    for step in range(config.steps):
+        record()
+        record_batch()
+        sam.step(current)
+        batch = draw()
+        cell.tick(step + 1, config.steps)
+    record(now=True)
+    record_batch(now=True)
+    return record.columns | {PREFIX + name: kept for name, kept in record_batch.columns.items()}
+
+
+# --- what the runs decide ------------------------------------------------------------------------
+
+
+def batch_ratio(run: Run) -> np.ndarray:
+    """Sharpness over edge, both of the current minibatch, at each measurement."""
+    return run[PREFIX + "sharpness"] / run[PREFIX + "sam_edge"]
+
+
+def _over_fixed(run: Run, name: str) -> float:
+    """A column's second-half median on the current batch, over that on the fixed one."""
+    return second_half_median(run[PREFIX + name]) / second_half_median(run[name])
+
+
+def _mean(quotients: Iterable[float]) -> float:
+    """The geometric mean: twice as much and half as much cancel."""
+    return float(np.exp(np.mean(np.log(list(quotients)))))
+
+
+@claim(CONTROL, 0.8, 1.25, headline=True)
+def sam_as_sgd(runs: SeedRuns) -> float:
+    """SAM is as near to its edge as SGD of the same learning rate is to 2/lr, whatever minibatches
+    do to either: quotient of the second-half medians of sharpness over edge, at the setting where
+    it is farthest from 1"""
+    quotients = [
+        second_half_median(ratio(run))
+        / second_half_median(ratio(descent(runs, run.settings["lr"])))
+        for run in perturbed(runs)
+    ]
+    return max(quotients, key=lambda quotient: abs(np.log(quotient)))
+
+
+@claim(CONTROL, low=1.0)
+def starts_beyond(runs: SeedRuns) -> float:
+    """The Transformer starts beyond the edge, so that there is nothing to arrive at: sharpness over
+    2/lr before the first step, at the smallest learning rate"""
+    return float(ratio(descent(runs, min(runs.config["lrs"])))[0])
+
+
+@claim(CONTROL, low=1.2)
+def batch_scatters(runs: SeedRuns) -> float:
+    """On the current batch, sharpness over edge scatters more than on the fixed one: quotient of
+    the widths from the 10th to the 90th percentile in the second half, geometric mean over
+    settings"""
+    return _mean(
+        second_half_width(batch_ratio(run)) / second_half_width(ratio(run)) for run in runs.runs
+    )
+
+
+@claim(CONTROL, low=1.02)
+def batch_sharper(runs: SeedRuns) -> float:
+    """The current batch is sharper than the fixed one, as the largest eigenvalue of a noisy matrix
+    is on average above that of its mean: quotient of the second-half medians of sharpness,
+    geometric mean over settings"""
+    return _mean(_over_fixed(run, "sharpness") for run in runs.runs)
+
+
+@claim(CONTROL, low=1.05)
+def batch_edge_higher(runs: SeedRuns) -> float:
+    """The current batch's gradient is longer by its noise, which raises SAM's edge too: quotient of
+    the second-half medians of the edge, geometric mean over the settings of SAM"""
+    return _mean(_over_fixed(run, "sam_edge") for run in perturbed(runs))
+
+
+@claim(CONTROL, 0.9, 1.1)
+def batch_reads_alike(runs: SeedRuns) -> float:
+    """What noise does to sharpness and edge nearly cancels in SAM's ratio of the two: that on the
+    current batch over that on the fixed one, second-half medians, geometric mean over the settings
+    of SAM"""
+    return _mean(
+        second_half_median(batch_ratio(run)) / second_half_median(ratio(run))
+        for run in perturbed(runs)
+    )
+
+
+EXPERIMENT = Experiment(
+    name="sam_edge_transformer",
+    title="SAM at its edge: a Transformer language model, minibatches",
+    source="Long & Bartlett 2024 (arXiv:2309.12488), tiny_shakespeare experiments",
+    presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
+    settings=at_the_edge.grid,
+    run=run,
+    claims=[
+        *at_the_edge.CLAIMS,
+        sam_as_sgd,
+        starts_beyond,
+        batch_scatters,
+        batch_sharper,
+        batch_edge_higher,
+        batch_reads_alike,
+    ],
+)

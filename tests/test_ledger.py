@@ -1,0 +1,109 @@
+"""The ledger, and results side by side."""
+
+import dataclasses
+
+import pytest
+from toy_experiment import Config, claim_of, toy
+
+from sam_lab import experiments
+from sam_lab.experiments import CONTROL, Result, ledger, side_by_side
+
+
+def _only(monkeypatch, **found):
+    """Let the registry hold these experiments."""
+    monkeypatch.setattr("sam_lab.experiments.lab.report.names", lambda: sorted(found))
+    monkeypatch.setattr("sam_lab.experiments.lab.report.get", found.__getitem__)
+    monkeypatch.setattr("sam_lab.experiments.lab.report.broken", lambda: {})
+
+
+def test_the_ledger_sets_both_scales_side_by_side(tmp_path, monkeypatch):
+    experiment = toy(claim_of([1.0, 1.01, 1.02], statement="It holds"))
+    _only(monkeypatch, toy=experiment)
+    experiments.run(experiment, out=tmp_path, progress=False)
+    book = ledger(tmp_path)
+    assert book._repr_markdown_() == (
+        f"{book.legend()}\n\n**{experiment.title}**\n\n"
+        "| Statement | Source | Kind | Criterion | Set | Laptop | Paper |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| It holds | Fig. 1 | after | 0.9 to 1.1 | before "
+        "| 1.010 [0.985, 1.035] (3 seeds): reproduced "
+        "| not yet run |\n\n"
+        "Not yet run:\n\n"
+        "- `python -m sam_lab.experiments run toy --scale paper --seeds 3 --out book/results`"
+    )
+    assert "Paper      not yet run" in str(book) and repr(book) == str(book)
+    experiments.run(experiment, "paper", out=tmp_path, progress=False)
+    complete = ledger(tmp_path)
+    assert "not yet run" not in complete._repr_markdown_().lower() and complete.problems == []
+
+
+def test_a_scale_between_the_two_has_its_column_where_an_experiment_has_it(tmp_path, monkeypatch):
+    wide = dataclasses.replace(
+        toy(claim_of([1.0, 1.01, 1.02]), name="wide"),
+        presets={"paper": Config(steps=30), "laptop": Config(), "desktop": Config(steps=12)},
+        title="Three scales",
+    )
+    _only(monkeypatch, toy=toy(claim_of([1.0, 1.01, 1.02])), wide=wide)
+    experiments.run(wide, "desktop", out=tmp_path, progress=False)
+    tables = dict(ledger(tmp_path).tables())
+    assert tables["A toy"].header[5:] == ["Laptop", "Paper"]
+    assert tables["Three scales"].header[5:] == ["Laptop", "Desktop", "Paper"]
+    found = "1.010 [0.985, 1.035] (3 seeds): reproduced"
+    assert tables["Three scales"].rows[0][5:] == ["not yet run", found, "not yet run"]
+
+
+def test_results_stand_side_by_side_claim_by_claim(monkeypatch):
+    experiment = toy(claim_of([1.0, 1.01, 1.02], statement="It holds"))
+    _only(monkeypatch, toy=experiment)
+    small = experiments.run(experiment, progress=False)
+    large = experiments.run(experiment, "paper", progress=False)
+    table = side_by_side({"small": small, "large": large})
+    cell = "1.010 [0.985, 1.035]: reproduced"
+    assert table.header == ["Statement", "small", "large"]
+    assert table.rows == [["It holds (criterion: 0.9 to 1.1)", cell, cell]]
+
+
+def test_the_ledger_computes_verdicts_anew(tmp_path, monkeypatch):
+    experiments.run(toy(claim_of([1, 1, 1])), out=tmp_path, progress=False)
+    stricter = toy(claim_of([1, 1, 1], low=2, high=3))
+    _only(monkeypatch, toy=stricter)
+    verdict = ledger(tmp_path).entries[0][2]["laptop"]
+    assert verdict is not None and verdict.verdict == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda path: path.write_text("{"), "toy.laptop.json: damaged or cut short"),
+        (
+            lambda path: Result("other", "laptop", {}, [], []).save(path),
+            "toy.laptop.json: holds other at scale laptop",
+        ),
+        (
+            lambda path: Result("toy", "laptop", {"steps": 9}, [], []).save(path),
+            "toy.laptop.json: made with another config",
+        ),
+    ],
+)
+def test_the_ledger_names_files_it_cannot_use(tmp_path, monkeypatch, spoil, problem):
+    _only(monkeypatch, toy=toy(claim_of([1, 1, 1])))
+    spoil(tmp_path / "toy.laptop.json")
+    book = ledger(tmp_path)
+    assert len(book.problems) == 1 and book.problems[0].startswith(problem)
+    assert f"- {problem}" in book._repr_markdown_()
+    assert book.entries[0][2]["laptop"] is None
+
+
+def test_the_ledger_shows_kind_headline_and_when_the_criterion_was_set(tmp_path, monkeypatch):
+    late = claim_of([1, 1, 1], source=CONTROL, set_after=True, headline=True)
+    _only(monkeypatch, toy=toy(late))
+    book = ledger(tmp_path)
+    assert book.tables()[0][1].rows[0][:5] == [
+        "**It holds**",
+        "control",
+        "control",
+        "0.9 to 1.1",
+        "after",
+    ]
+    for word in ("*paper*:", "*code*:", "*after*:", "*ours*:", "*control*:", "headline"):
+        assert word in book.legend()
