@@ -30,7 +30,7 @@ html: $(STAMP) ## render the outputs stored in book/, execute nothing
 notebooks: $(STAMP) ## execute every chapter that changed, store the cleaned outputs in book/
 	@$(BIN)/python tools/book.py store
 
-quick: $(STAMP) ## lint, types and the tests that are neither slow nor in a browser, in 3 minutes
+quick: $(STAMP) ## lint, types and the tests that are neither slow nor in a browser
 	@$(MAKE) --no-print-directory lint types
 	$(PYTEST) -m "not slow and not browser"
 
