@@ -120,10 +120,9 @@ def test_a_training_is_sgd_as_the_recipe_says():
     assert recipe.but(augment=True).training()[0].augment is not None
 
 
-def test_a_training_takes_another_weight_decay_phases_and_what_training_takes():
+def test_a_training_takes_phases_and_what_training_takes():
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
-    training, _ = DIGITS.training(
-        weight_decay=0.0,
+    training, _ = DIGITS.but(weight_decay=0.0).training(
         phases=late(2, 4, rho=0.1),
         loss_fn=loss_fn,
         schedule=step_decay({0.5: 0.1}),

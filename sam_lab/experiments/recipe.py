@@ -139,7 +139,6 @@ class Recipe:
         *,
         phases: Sequence[Phase] | None = None,
         examples: int | None = None,
-        weight_decay: float | None = None,
         norm: str = "none",
         weights: int | None = None,
         order: int | None = None,
@@ -150,7 +149,6 @@ class Recipe:
         Args:
             phases: of the training; SGD alone unless given.
             examples: how many of the training set are trained on; all unless given.
-            weight_decay: another than the recipe's.
             norm: of the network, see `network`.
             weights, order: seeds of their own for the initial weights, and for the order of the
                 examples and all else that the epochs draw; `seed` unless given.
@@ -166,7 +164,7 @@ class Recipe:
             torch.optim.SGD,
             lr=self.lr,
             momentum=self.momentum,
-            weight_decay=self.weight_decay if weight_decay is None else weight_decay,
+            weight_decay=self.weight_decay,
         )
         training = Training(
             self.network(dataset, seed if weights is None else weights, device, norm=norm),

@@ -188,11 +188,12 @@ def prepare(config: Config, cell: Cell) -> tuple[Training, Dataset]:
     elif method == "adversarial":
         threat = Threat("linf", config.attack_eps)
         how["attack"] = partial(pgd, threat=threat, steps=config.attack_steps)
+    elif method == "decay":
+        recipe = recipe.but(weight_decay=config.decay)
     return recipe.training(
         cell.seed,
         cell.device,
         examples=round(cell["share"] * recipe.train),
-        weight_decay=config.decay if method == "decay" else None,
         phases=[Phase(0, recipe.epochs, **how)],
         schedule=cosine,
     )

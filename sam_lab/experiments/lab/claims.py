@@ -20,7 +20,6 @@ __all__ = [
     "CONTROL",
     "KINDS",
     "OURS",
-    "VERDICTS",
     "Claim",
     "Criterion",
     "Source",
@@ -32,7 +31,6 @@ __all__ = [
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 INCONCLUSIVE = "inconclusive"
-VERDICTS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
 
 MIN_SEEDS = 3
 
