@@ -131,6 +131,7 @@ def test_make_help_lists_every_target():
 CLOSING = (ROOT / "book" / "closing.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_closing_page_says_of_each_claim_what_the_stored_runs_say():
     """Below each of its paragraphs, in a comment, stand the verdicts that it puts into words."""
     comments = re.findall(r"<!-- held by tests/test_documents\.py\n(.*?)\n-->", CLOSING, re.DOTALL)

@@ -259,6 +259,7 @@ def test_where_the_gradient_vanishes_the_boundary_is_infinitely_far():
     assert margins.tolist() == [0.5, 0.5] and distances.tolist() == [math.inf] * 2
 
 
+@pytest.mark.slow
 def test_columns_are_what_the_network_trained_alone_gives(ran):
     columns = columns_of(ran, SAM)
     dataset, model, (x, y) = alone(SAM)

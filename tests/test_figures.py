@@ -113,6 +113,7 @@ def test_the_style_is_set_when_asked_for():
         ]
 
 
+@pytest.mark.slow
 def test_drawing_touches_neither_pyplot_nor_the_defaults():
     code = textwrap.dedent("""
         import sys

@@ -257,6 +257,7 @@ def test_the_way_is_that_from_the_switch_to_the_end(runs):
         assert row["switch_sharpness"] == pytest.approx(top, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_network_with_batch_norm_is_measured_in_evaluation_mode():
     columns = late_phase.run(WIDE, Cell(BASE, 10))
     assert [*zip(columns["switched_on"], columns["switched_off"], strict=True)] == [

@@ -490,6 +490,7 @@ def _wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
 def test_kill_9_loses_at_most_the_run_in_progress(package, tmp_path):
     folder, out, log = package("toy_killed"), tmp_path / "out", tmp_path / "log"
@@ -515,6 +516,7 @@ def test_kill_9_loses_at_most_the_run_in_progress(package, tmp_path):
     assert "reproduced" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line(package, tmp_path):
     folder, out = package("toy_stopped"), tmp_path / "out"
     partial = out / ".toy_stopped.laptop.partial"
@@ -611,6 +613,7 @@ def test_bad_out_and_bad_file_on_the_command_line(package, tmp_path, capsys):
     assert "file.json: damaged or cut short" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_torch_and_numpy_alone():
     code = textwrap.dedent("""
         import sys

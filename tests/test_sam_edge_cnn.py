@@ -103,6 +103,7 @@ def test_every_preset_compares_sam_with_gradient_descent(name):
     assert preset.steps % preset.every == 0 and preset.steps // preset.every >= 10
 
 
+@pytest.mark.slow
 def test_on_the_real_images_the_network_starts_at_the_edge_of_the_larger_learning_rate(real_data):
     """What the desktop preset's learning rates were chosen for, without training."""
     model, loss = task.problem(dataclasses.replace(task.DESKTOP, images=200), seed=10)

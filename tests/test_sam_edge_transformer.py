@@ -84,6 +84,7 @@ def test_the_fixed_batch_stays_and_the_current_one_changes():
     assert len({round(loss, 4) for loss in columns["batch_loss"]}) == 5
 
 
+@pytest.mark.slow
 def test_a_run_is_sam_with_a_fresh_batch_a_step():
     """The same by hand, and without recorders."""
     columns = task.run(TINY, Cell(SAM_SETTING, 3))

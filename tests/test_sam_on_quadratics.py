@@ -77,6 +77,7 @@ def test_beside_a_close_eigenvalue_the_direction_settles_at_the_predicted_rate()
     assert abs(columns["ratio"][0] - 1) < 0.2
 
 
+@pytest.mark.slow
 def test_noise_moves_the_ratio_to_different_sides_of_the_noiseless_one():
     config = dataclasses.replace(TINY, dim=20, steps=600)
     quiet, even, loud = (
@@ -123,6 +124,7 @@ def test_all_paths_start_at_the_same_weights_and_an_unknown_one_is_named():
 # --- the experiment ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_everything_that_its_claims_need():
     pytest.importorskip("sklearn")
     result = experiments.run(study.EXPERIMENT, TINY, seeds=1, device="cpu", progress=False)
@@ -137,6 +139,7 @@ def test_a_small_run_measures_everything_that_its_claims_need():
         assert claim.criterion.low <= claim(runs) <= claim.criterion.high
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_its_run_and_another_one_changes_it():
     pytest.importorskip("sklearn")
     config = dataclasses.replace(

@@ -177,6 +177,7 @@ def made_of(first="x", second="y", text="2", start=0, png=b"png", size=(1, 1), a
     return Slider(Grid(axes, {**frames, (1, 1): last}.__getitem__), caption)
 
 
+@pytest.mark.slow
 def test_the_same_slider_has_the_same_html_and_another_has_another_id():
     assert small().html == small().html and two().html == two().html
     others = [
