@@ -576,7 +576,7 @@ def edge_of_minibatches(runs: SeedRuns) -> float:
     return farthest_from_one(_quotients(edges(runs, full=False), "simulated", "theory"))
 
 
-@claim(Source("Zhou et al. 2025, theorem 4.1 (its direction)", "after"), high=1.0, headline=True)
+@claim(Source("Zhou et al. 2025, theorem 4.1 (its direction)", "after"), high=1.0)
 def sam_is_stricter_than_sgd(runs: SeedRuns) -> float:
     """SAM's largest stable sharpness is below SGD's at each batch size: simulated, SAM's over
     SGD's, where it is largest"""

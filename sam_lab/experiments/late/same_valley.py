@@ -283,7 +283,7 @@ def _sharpness_ratio(run: Run, one: str, two: str) -> float:
 # --- what the runs decide -------------------------------------------------------------------------
 
 
-@claim(ZHOU, high=0.05, headline=True)
+@claim(ZHOU, high=0.05)
 def no_barrier(runs: SeedRuns) -> float:
     """Switch and end lie in one valley: barrier on the straight line between them, over the loss at
     its ends"""
