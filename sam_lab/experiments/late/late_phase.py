@@ -405,7 +405,7 @@ _IN_STEPS = [
     dataclasses.replace(
         one.under("in-steps", "In steps. ", schedule="steps"),
         set_after=True,
-        headline=one in (late_sam_generalizes_as_well, early_sam_is_forgotten_in_test_error),
+        headline=one in (late_sam_saves_half, early_sam_is_forgotten_in_test_error),
     )
     for one in (
         sam_is_flatter,
