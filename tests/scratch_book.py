@@ -1,7 +1,10 @@
 """A small book of its own, with the real book's configuration, style and scripts, for the tests."""
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import nbformat
 from book_tool import ROOT, book
@@ -42,3 +45,41 @@ def render(root: Path, **pages: list[str | nbformat.NotebookNode]) -> Path:
     (root / "_toc.yml").write_text("\n".join(listed) + "\n")
     book.render(root)
     return root / "_build" / "html" / "book"
+
+
+def visits(browser: Any, folder: Path) -> Iterator[Callable[..., Any]]:
+    """For a fixture: what opens a page in a window of its own.
+
+    In the end nothing must have failed in a script, and nothing been asked for elsewhere.
+    """
+    contexts, complaints, requests = [], [], []
+
+    def open_page(name: str, *, script: str = "", javascript: bool = True, **options: Any) -> Any:
+        """``name`` with what follows it in the address; ``script`` runs before the page's own."""
+        options = {"viewport": {"width": 1280, "height": 900}, **options}
+        context = browser.new_context(java_script_enabled=javascript, **options)
+        contexts.append(context)
+        context.add_init_script(script)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(f"{folder.as_uri()}/{name}")
+        if javascript:
+            page.evaluate("() => window.MathJax?.startup?.promise")
+            page.wait_for_timeout(200)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert {urlsplit(url).scheme for url in requests} <= {"file", "data", "blob"}
+
+
+def findings(page: Any) -> list[str]:
+    """What axe finds in the page's text, of whatever weight."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    rules = {"rules": {"region": {"enabled": False}}}  # the theme's
+    found = Axe().run(page, context="article", options=rules).response["violations"]
+    return [f"{one['id']}: {node['html'][:100]}" for one in found for node in one["nodes"]]

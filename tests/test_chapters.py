@@ -3,11 +3,14 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 import pytest
 from book_tool import ROOT, book
+
+from sam_lab.experiments import ledger_rows
 
 bs4 = pytest.importorskip("bs4")
 
@@ -29,6 +32,7 @@ MOST_CODE_LINES = 120
 WORDS = (1500, 2500)
 HEADLINES = (5, 7)
 PREDICTIONS = (2, 3)
+PARTS = ("edge", "sam", "late", "inputs")  # folders of sam_lab/experiments, in the book's order
 # Marks of a moment or a machine that have no place in a stored output.
 PASSING = re.compile(
     r"/home/|/Users/|/root\b|/tmp/|[A-Z]:\\\\|\b0x[0-9a-f]{6,}\b"
@@ -294,3 +298,23 @@ def test_the_chapter_has_an_interactive_figure_that_needs_no_kernel(name):
     outputs = [o for cell in book.code_cells(load(name)) for o in cell.outputs]
     pages = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
     assert any("sam-slider" in page for page in pages)
+
+
+def test_the_ledger_shows_every_claim_once_under_the_part_of_the_book_it_belongs_to():
+    cells = load(Path("book/ledger.ipynb")).cells
+    captions = [part["caption"] for part in book.toc()["parts"]][: len(PARTS)]
+    found = {}
+    for title, shown in pairwise(cells):
+        if title.source.removeprefix("## ") in captions:
+            tables = "\n".join(output.data["text/markdown"] for output in shown.outputs)
+            rows = [line.split(" | ") for line in tables.splitlines() if line.startswith("| ")]
+            statements = [row[0].strip("| *") for row in rows]
+            found[title.source[3:]] = [s for s in statements if s not in {"Statement", "---"}]
+    assert list(found) == captions
+    everything = ledger_rows(ROOT / "book" / "results")
+    assert {row.part for row in everything} == set(PARTS)
+    for part, shown in zip(PARTS, found.values(), strict=True):
+        expected = [row.statement for row in everything if row.part == part]
+        assert len(shown) == len(expected)
+        # In a table the bars of a formula are spelt otherwise.
+        assert {s for s in expected if not re.search(r"[$|]", s)} <= set(shown)

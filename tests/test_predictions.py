@@ -2,10 +2,9 @@
 
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from scratch_book import render, shown
+from scratch_book import findings, render, shown, visits
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyter_book")
@@ -71,32 +70,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def visit(browser, folder):
-    """Open a page of the book in a window of its own."""
-    contexts, complaints, requests = [], [], []
-
-    def open_page(name="one.html", *, script="", javascript=True, **options):
-        options = {"viewport": {"width": 1280, "height": 900}, **options}
-        context = browser.new_context(java_script_enabled=javascript, **options)
-        contexts.append(context)
-        context.add_init_script(script)
-        page = context.new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto((folder / name).as_uri())
-        if javascript:
-            page.evaluate("() => window.MathJax?.startup?.promise")
-            page.wait_for_timeout(200)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert {urlsplit(url).scheme for url in requests} <= {"file", "data", "blob"}
+    yield from visits(browser, folder)
 
 
 def box(page, id="01-where"):
-    return page.locator(f"div.prediction#\\3{id[0]} {id[1:]}" if id[0] == "0" else f"#{id}")
+    return page.locator(f'div.prediction[id="{id}"]')
 
 
 def answer(page, id="01-where"):
@@ -108,7 +86,7 @@ def said(page, id="01-where") -> str:
 
 
 def test_a_list_becomes_named_choices_and_the_answer_asks_for_one(visit):
-    page = visit()
+    page = visit("one.html")
     group = page.get_by_role("group", name=re.compile("Where does the sharpness"))
     assert group.get_by_role("radio").count() == 3
     assert group.get_by_role("radio", checked=True).count() == 0
@@ -122,7 +100,7 @@ def test_a_list_becomes_named_choices_and_the_answer_asks_for_one(visit):
 
 
 def test_a_choice_is_shown_where_it_is_settled_in_words_and_not_by_colour_alone(visit):
-    page = visit()
+    page = visit("one.html")
     page.get_by_label("well below the edge").check()
     assert said(page).startswith("You said: well below the edge (✗ wrong) · It was: at")
     page.get_by_label(re.compile("twenty")).check()
@@ -133,7 +111,7 @@ def test_a_choice_is_shown_where_it_is_settled_in_words_and_not_by_colour_alone(
 
 
 def test_the_choice_outlives_the_page_and_can_be_taken_back(visit):
-    page = visit()
+    page = visit("one.html")
     page.get_by_label("well below the edge").check()
     page.reload()
     assert page.get_by_label("well below the edge").is_checked()
@@ -148,7 +126,7 @@ def test_the_choice_outlives_the_page_and_can_be_taken_back(visit):
 
 
 def test_choices_and_numbers_can_be_made_from_the_keyboard_alone(visit):
-    page = visit()
+    page = visit("one.html")
     page.get_by_label("well below the edge").focus()
     page.keyboard.press("Space")
     page.keyboard.press("ArrowDown")
@@ -167,7 +145,7 @@ def test_choices_and_numbers_can_be_made_from_the_keyboard_alone(visit):
     [("24", "✓ right"), ("26", "✓ right"), ("30", "≈ near"), ("50", "✗ wrong")],
 )
 def test_a_number_is_right_near_or_not(value, verdict, visit):
-    page = visit()
+    page = visit("one.html")
     assert said(page, "01-times").startswith("You made no prediction: go back.")
     page.get_by_role("slider").fill(value)
     expected = f"You said: {value} times ({verdict}) · It was: 24 times It takes 24.3 times"
@@ -177,20 +155,20 @@ def test_a_number_is_right_near_or_not(value, verdict, visit):
 
 
 def test_it_works_for_as_long_as_the_page_where_storage_is_forbidden(visit):
-    page = visit(script=FORBID)
+    page = visit("one.html", script=FORBID)
     page.get_by_label("well below the edge").check()
     assert said(page).startswith("You said: well below")
 
 
 def test_a_stored_choice_that_is_none_any_more_counts_as_none(visit):
-    page = visit()
+    page = visit("one.html")
     page.evaluate("localStorage.setItem(`sam-lab:${location.pathname}#01-where`, '7')")
     page.reload()
     assert said(page).startswith("You made no prediction")
 
 
 def test_without_a_script_the_boxes_are_readable_text(visit):
-    page = visit(javascript=False)
+    page = visit("one.html", javascript=False)
     assert page.locator("input:visible").count() == 0
     for words in ("well below the edge", "twenty", "far above it", "How many times longer"):
         assert words in page.locator("article").inner_text()
@@ -199,7 +177,7 @@ def test_without_a_script_the_boxes_are_readable_text(visit):
 
 
 def test_markdown_that_a_cell_computes_is_rendered_inside_its_boxes(visit):
-    page = visit()
+    page = visit("one.html")
     assert page.locator(".cell_output figure svg").is_visible()
     assert page.locator(".cell_output p strong", has_text="Below the picture").count() == 1
     assert page.locator(".cell_output .settled strong", has_text="24.3").count() == 1
@@ -208,15 +186,11 @@ def test_markdown_that_a_cell_computes_is_rendered_inside_its_boxes(visit):
 @pytest.mark.parametrize("chosen", [False, True])
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
 def test_axe_finds_nothing_and_nothing_hangs_over_the_side(chosen, scheme, width, visit):
-    from axe_playwright_python.sync_playwright import Axe
-
-    page = visit(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = visit("one.html", color_scheme=scheme, viewport={"width": width, "height": 900})
     if chosen:
         page.get_by_label(re.compile("far above it")).check()
         page.get_by_role("slider").fill("30")
-    rules = {"rules": {"region": {"enabled": False}}}  # the theme's
-    found = Axe().run(page, context="article", options=rules).response["violations"]
-    assert [(violation["id"], violation["nodes"][0]["html"][:100]) for violation in found] == []
+    assert findings(page) == []
     assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
     for each in page.locator("div.prediction, div.settled").all():
         edges = each.bounding_box()
@@ -225,7 +199,7 @@ def test_axe_finds_nothing_and_nothing_hangs_over_the_side(chosen, scheme, width
 
 
 def test_on_paper_stand_the_choices_and_what_was_said_without_the_buttons(visit):
-    page = visit()
+    page = visit("one.html")
     page.get_by_label("well below the edge").check()
     page.emulate_media(media="print")
     assert page.get_by_role("button", name="Clear").count() == 0
