@@ -144,9 +144,9 @@
 
   /* A value from the address: that of an option, or part of one; for sources, of several. */
   function put(select, wanted) {
+    select.querySelectorAll("option[data-made]").forEach((option) => option.remove());
     const value = slug(wanted);
     const values = [...select.options].map((option) => option.value);
-    select.querySelectorAll("option[data-made]").forEach((option) => option.remove());
     const near = values.filter((each) => value && each.includes(value));
     if (values.includes(value)) {
       select.value = value;
