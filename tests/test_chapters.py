@@ -12,8 +12,6 @@ from book_tool import ROOT, book
 
 from sam_lab.experiments import ledger_rows
 
-bs4 = pytest.importorskip("bs4")
-
 NOTEBOOKS = book.notebooks()
 CHAPTERS = book.chapters()  # what a chapter lists as its sections are side pages
 HEADINGS = [
@@ -75,13 +73,15 @@ def section(text: str, heading: str) -> str:
 
 
 def shows_a_picture(data: dict) -> bool:
-    html = data.get("text/html", "")
-    return any(mime.startswith("image/") for mime in data) or "<figure" in html or "<svg" in html
+    words = "\n".join(data.get(mime, "") for mime in ("text/html", "text/markdown"))
+    drawn = re.search(r"<figure|<svg|<img|!\[", words)
+    return bool(drawn) or any(mime.startswith("image/") for mime in data)
 
 
-def boxes(text: str, kind: str) -> list["bs4.Tag"]:
-    """The predictions of a page, or where it settles them."""
-    return bs4.BeautifulSoup(text, "html.parser").select(f"div.{kind}")
+def boxes(text: str, kind: str) -> list[tuple[dict[str, str], str]]:
+    """The predictions of a page, or where it settles them: attributes, and what is inside."""
+    found = re.findall(rf'<div class="{kind}"(.*?)>(.*?)</div>', text, flags=re.DOTALL)
+    return [(dict(re.findall(r'([\w-]+)="(.*?)"', tag)), inside) for tag, inside in found]
 
 
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS, ids=str)
@@ -210,26 +210,24 @@ def test_the_chapter_opens_with_a_question_and_a_picture(name):
 def test_every_prediction_is_settled_once_further_down_with_one_of_its_choices(name):
     text = read_through(load(name))
     predicted, settled = boxes(text, "prediction"), boxes(text, "settled")
-    ids = [box.get("id", "") for box in predicted]
+    ids = [box["id"] for box, _ in predicted]
     assert PREDICTIONS[0] <= len(ids) <= PREDICTIONS[1]
     assert len(set(ids)) == len(ids)
     assert all(id.startswith(f"{name.name[:2]}-") for id in ids), ids
-    assert ids == [box.get("id", "") for box in boxes(section(text, "Predict"), "prediction")]
-    assert sorted(box["data-prediction"] for box in settled) == sorted(ids)
-    for box in predicted:
-        answer = next(b["data-answer"] for b in settled if b["data-prediction"] == box["id"])
-        choices = re.findall(r"^\d+\. ", box.get_text(), flags=re.MULTILINE)
-        if "data-max" in box.attrs:
-            assert not choices
-            assert float(box["data-min"]) <= float(answer) <= float(box["data-max"]), box["id"]
-        else:
-            assert len(choices) >= 2 and answer in map(str, range(1, len(choices) + 1)), box["id"]
+    assert ids == [box["id"] for box, _ in boxes(section(text, "Predict"), "prediction")]
     after = re.split(r"^## +Predict.*$", text, flags=re.MULTILINE)[1].split("\n## ", 1)[1]
-    assert len(boxes(after, "settled")) == len(settled)
-    # Markdown inside HTML is Markdown only between blank lines.
-    for box in predicted + settled:
-        inside = box.decode_contents()
-        assert inside.startswith("\n\n") and inside.endswith("\n\n"), str(box)[:80]
+    answers = {box["data-prediction"]: box["data-answer"] for box, _ in boxes(after, "settled")}
+    assert sorted(answers) == sorted(ids) and len(settled) == len(ids)
+    for box, inside in predicted:
+        choices = re.findall(r"^(\d+)\. ", inside, flags=re.MULTILINE)
+        if "data-max" in box:
+            assert not choices
+            low, answer, high = box["data-min"], answers[box["id"]], box["data-max"]
+            assert float(low) <= float(answer) <= float(high), box["id"]
+        else:
+            assert len(choices) >= 2 and answers[box["id"]] in choices, box["id"]
+    for _, inside in predicted + settled:  # inside HTML, Markdown needs the blank lines
+        assert inside.startswith("\n\n") and inside.endswith("\n\n"), inside[:80]
 
 
 @every_chapter

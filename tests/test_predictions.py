@@ -140,18 +140,20 @@ def test_choices_and_numbers_can_be_made_from_the_keyboard_alone(visit):
     assert handle.get_attribute("aria-valuetext") == "26 times"
 
 
-@pytest.mark.parametrize(
-    ("value", "verdict"),
-    [("24", "✓ right"), ("26", "✓ right"), ("30", "≈ near"), ("50", "✗ wrong")],
-)
-def test_a_number_is_right_near_or_not(value, verdict, visit):
+def test_a_number_is_right_near_or_not(visit):
     page = visit("one.html")
     assert said(page, "01-times").startswith("You made no prediction: go back.")
-    page.get_by_role("slider").fill(value)
-    expected = f"You said: {value} times ({verdict}) · It was: 24 times It takes 24.3 times"
-    assert said(page, "01-times").startswith(expected)
+    for value, verdict in (
+        ("24", "✓ right"),
+        ("26", "✓ right"),
+        ("30", "≈ near"),
+        ("50", "✗ wrong"),
+    ):
+        page.get_by_role("slider").fill(value)
+        expected = f"You said: {value} times ({verdict}) · It was: 24 times It takes 24.3 times"
+        assert said(page, "01-times").startswith(expected)
     page.reload()
-    assert page.get_by_role("slider").input_value() == value
+    assert page.get_by_role("slider").input_value() == "50"
 
 
 def test_it_works_for_as_long_as_the_page_where_storage_is_forbidden(visit):
@@ -183,13 +185,12 @@ def test_markdown_that_a_cell_computes_is_rendered_inside_its_boxes(visit):
     assert page.locator(".cell_output .settled strong", has_text="24.3").count() == 1
 
 
-@pytest.mark.parametrize("chosen", [False, True])
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
-def test_axe_finds_nothing_and_nothing_hangs_over_the_side(chosen, scheme, width, visit):
+def test_axe_finds_nothing_and_nothing_hangs_over_the_side(scheme, width, visit):
     page = visit("one.html", color_scheme=scheme, viewport={"width": width, "height": 900})
-    if chosen:
-        page.get_by_label(re.compile("far above it")).check()
-        page.get_by_role("slider").fill("30")
+    assert findings(page) == []
+    page.get_by_label(re.compile("far above it")).check()
+    page.get_by_role("slider").fill("30")
     assert findings(page) == []
     assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
     for each in page.locator("div.prediction, div.settled").all():
