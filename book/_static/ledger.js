@@ -163,7 +163,9 @@
   function start(article) {
     const { rows, groups } = read(article);
     if (rows.length === 0) return;
-    const scales = distinct(rows.flatMap((row) => Object.keys(row.cells)));
+    // In the order of the table that has most of them.
+    const columns = rows.map((row) => Object.keys(row.cells)).sort((a, b) => b.length - a.length);
+    const scales = distinct(columns.flat());
     const parts = distinct(rows.map((row) => row.part)).map((part) => {
       const experiments = rows.filter((row) => row.part === part).map((row) => row.experiment);
       return { group: part, options: [part, ...distinct(experiments)] };
