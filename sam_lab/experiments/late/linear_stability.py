@@ -579,7 +579,9 @@ def edge_of_minibatches(runs: SeedRuns) -> float:
 
 
 @claim(
-    Source("Zhou et al. 2025, theorem 4.1 (its direction)", "after"), high=1.0, domain="positive"
+    Source("Zhou et al. 2025, theorem 4.1 (its direction)", "after"),
+    high=1.0,
+    domain="positive",
 )
 def sam_is_stricter_than_sgd(runs: SeedRuns) -> float:
     """At every batch size, minima have to be flatter to be stable for unnormalised SAM than for
