@@ -45,7 +45,7 @@ MIN_SEEDS = 3
 KINDS = {
     "paper": "a sentence of the paper, checked against its text",
     "code": "read in the authors' code",
-    "after": "our reading of a paper, whose sentence we could not check",
+    "after": "our reading of a paper, not a sentence that we could check in its text",
     "ours": "this book's own, even where a paper gave the occasion",
     "control": "a control, which would come out otherwise if a finding were an artefact",
 }
