@@ -18,7 +18,7 @@ CHOICE = """\
 
 **Your prediction.** Where does the sharpness $\\lambda_1$ end?
 
-1. well below the edge
+1. well below the edge.
 2. at $2/\\eta$, **twenty**
 3. far above it, where the run diverges before anybody can measure a thing on a telephone
 

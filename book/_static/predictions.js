@@ -76,6 +76,8 @@
     const words = (value) => {
       const copy = inputs[value - 1].nextElementSibling.cloneNode(true);
       copy.querySelectorAll("[id]").forEach((element) => element.removeAttribute("id"));
+      const end = copy.lastChild;
+      if (end?.nodeType === Node.TEXT_NODE) end.data = end.data.replace(/[.,;\s]+$/, "");
       return copy;
     };
     return {
