@@ -224,42 +224,42 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-@claim(Source("Cohen et al. 2021; Long & Bartlett 2024", "after"), 0.9, 1.15)
+@claim(Source("Cohen et al. 2021; Long & Bartlett 2024", "after"), 0.9, 1.15, domain="positive")
 def gd_hovers(runs: SeedRuns) -> float:
     """Gradient descent's sharpness hovers at 2/lr: sharpness over 2/lr, median over the second half
     of training, at the largest learning rate"""
     return second_half_median(ratio(descent(runs, max(runs.config["lrs"]))))
 
 
-@claim(LONG_BARTLETT, 0.9, 1.15, headline=True)
+@claim(LONG_BARTLETT, 0.9, 1.15, domain="positive", headline=True)
 def sam_hovers(runs: SeedRuns) -> float:
     """SAM's sharpness hovers at the SAM edge: sharpness over SAM edge, median over the second half
     of training, at the setting where it is farthest from 1"""
     return farthest_from_one(second_half_median(ratio(run)) for run in perturbed(runs))
 
 
-@claim(LONG_BARTLETT, high=0.3)
+@claim(LONG_BARTLETT, high=0.3, domain="positive")
 def sam_stays_near(runs: SeedRuns) -> float:
     """SAM's sharpness stays near the SAM edge: width of sharpness over SAM edge in the second half
     of training, from its 10th to its 90th percentile, at the setting where it is largest"""
     return max(second_half_width(ratio(run)) for run in perturbed(runs))
 
 
-@claim(LONG_BARTLETT, high=0.9, id="below-2/lr")
+@claim(LONG_BARTLETT, high=0.9, domain="positive", id="below-2/lr")
 def below_gd_edge(runs: SeedRuns) -> float:
     """SAM's sharpness lies below 2/lr, the edge of gradient descent: sharpness over 2/lr, median
     over the second half of training, at the setting where it is largest"""
     return max(second_half_median(run["sharpness"] / run["gd_edge"]) for run in perturbed(runs))
 
 
-@claim(OURS_AFTER, high=0.9, set_after=True)
+@claim(OURS_AFTER, high=0.9, domain="positive", set_after=True, headline=True)
 def below_gd_at_equal_loss(runs: SeedRuns) -> float:
     """At equal training loss SAM is flatter than gradient descent of the same learning rate: SAM's
     sharpness over gradient descent's, at the setting where it is largest"""
     return max(at_equal_loss(*pair) for pair in _beside_descent(runs))
 
 
-@claim(LONG_BARTLETT, low=0.5, set_after=True, headline=True)
+@claim(LONG_BARTLETT, low=0.5, domain="share", set_after=True, headline=True)
 def flatter_without_loss(runs: SeedRuns) -> float:
     """SAM often ends flatter than gradient descent with a comparable or smaller training loss:
     share of SAM's settings that end less sharp, with at most 1.1 times the training loss of
@@ -267,7 +267,7 @@ def flatter_without_loss(runs: SeedRuns) -> float:
     return _mean([_flatter_without_loss(*pair) for pair in _beside_descent(runs)])
 
 
-@claim(LONG_BARTLETT, high=0.8)
+@claim(LONG_BARTLETT, high=0.8, domain="positive")
 def edge_falls(runs: SeedRuns) -> float:
     """The SAM edge falls as the gradient shrinks: median edge of the last tenth of training over
     the edge on arrival, at the setting where it falls least"""
@@ -281,7 +281,7 @@ def sharpness_follows(runs: SeedRuns) -> float:
     return farthest_from_one(_follows(run) for run in perturbed(runs))
 
 
-@claim(OURS_AFTER, low=0.75)
+@claim(OURS_AFTER, low=0.75, domain="share")
 def sam_better_aligned(runs: SeedRuns) -> float:
     """SAM's gradient is better aligned with the top eigenvector than the plain gradient at the same
     weights: share of the measurements after arrival at which it is, mean over settings"""
@@ -295,11 +295,7 @@ def alignment_gain(runs: SeedRuns) -> float:
     return _mean([_alignment_gain(run) for run in perturbed(runs)])
 
 
-<<<<<<< HEAD
-@claim(OURS_AFTER, high=0.5)
-=======
-@claim(LONG_BARTLETT, high=0.5, domain="positive", set_after=True)
->>>>>>> site
+@claim(OURS_AFTER, high=0.5, domain="positive", set_after=True)
 def sam_arrives_early(runs: SeedRuns) -> float:
     """SAM reaches its edge in at most half the steps that gradient descent needs to reach 2/lr:
     ratio of the steps, at the setting where it is largest of those that start below both edges"""

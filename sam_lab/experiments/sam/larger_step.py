@@ -188,7 +188,7 @@ def _gain(run: Run, other: Run) -> float:
 # --- what the runs decide ------------------------------------------------------------------------
 
 
-@claim(OURS, high=0.9, headline=True)
+@claim(OURS, high=0.9, domain="positive", headline=True)
 def sam_flatter_than_larger_step(runs: SeedRuns) -> float:
     """At equal training loss SAM is flatter than gradient descent with the larger learning rate
     whose edge 2/lr is SAM's late edge: SAM's sharpness over gradient descent's, at the setting
@@ -196,7 +196,7 @@ def sam_flatter_than_larger_step(runs: SeedRuns) -> float:
     return max(at_equal_loss(run, larger(run)) for run in perturbed(runs))
 
 
-@claim(OURS, low=0.9, headline=True)
+@claim(OURS, low=0.9, domain="positive", headline=True)
 def larger_step_is_as_flat(runs: SeedRuns) -> float:
     """At equal training loss gradient descent with the larger learning rate whose edge 2/lr is
     SAM's late edge is as flat as SAM, or flatter: SAM's sharpness over gradient descent's, at the
@@ -204,7 +204,7 @@ def larger_step_is_as_flat(runs: SeedRuns) -> float:
     return min(at_equal_loss(run, larger(run)) for run in perturbed(runs))
 
 
-@claim(OURS, high=0.9)
+@claim(OURS, high=0.9, domain="positive")
 def larger_step_flattens(runs: SeedRuns) -> float:
     """At equal training loss a larger learning rate alone makes gradient descent flatter: sharpness
     with the learning rate whose 2/lr is SAM's late edge over sharpness with SAM's own learning
@@ -212,14 +212,14 @@ def larger_step_flattens(runs: SeedRuns) -> float:
     return max(at_equal_loss(larger(run), descent(runs, run)) for run in perturbed(runs))
 
 
-@claim(OURS, 0.9, 1.15)
+@claim(OURS, 0.9, 1.15, domain="positive")
 def larger_step_at_its_edge(runs: SeedRuns) -> float:
     """Gradient descent with the larger learning rate is at its own edge where its training loss is
     SAM's closing loss: sharpness over 2/lr, at the setting where it is farthest from 1"""
     return farthest_from_one(_at_its_edge(run) for run in perturbed(runs))
 
 
-@claim(OURS, high=0.5)
+@claim(OURS, high=0.5, domain="positive")
 def larger_step_is_faster(runs: SeedRuns) -> float:
     """Gradient descent with the larger learning rate whose edge 2/lr is SAM's late edge reaches
     SAM's closing training loss in at most half of SAM's steps: its steps over SAM's, at the setting
