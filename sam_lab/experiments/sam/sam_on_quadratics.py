@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from sam_lab import data, models
 from sam_lab.experiments.lab.claims import CONTROL, Source, claim
@@ -56,6 +57,7 @@ from sam_lab.objective import Closure
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
+from sam_lab.tracker import SharpnessTracker
 
 BARTLETT = Source("Bartlett, Long & Bousquet 2022", "after")
 LONG_BARTLETT = Source("Long & Bartlett 2024", "after")
@@ -306,8 +308,6 @@ def frozen(config: Config, cell: Cell) -> Columns:
     Raises:
         ValueError: an unknown path.
     """
-    if cell["path"] not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {cell['path']!r}")
     model, x, target = network(config, cell.seed, cell.device)
     params, closure = _on_path(cell["path"], model, x, target)
     sam = _sam(params, config.network_lr, config.network_rho)
@@ -319,6 +319,8 @@ def _on_path(
     path: str, model: nn.Module, x: Tensor, target: Tensor
 ) -> tuple[list[Tensor], Closure]:
     """What is trained on a path, and its loss."""
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
 
     def living() -> Tensor:
         return F.mse_loss(model(x), target)
@@ -328,6 +330,67 @@ def _on_path(
         return params, lambda: F.mse_loss(outputs(), target)
     params = list(model.parameters())
     return taylor(living, params) if path == "taylor" else (params, living)
+
+
+def filmed(
+    config: Config,
+    path: str,
+    steps: int = 60,
+    reach: float = 0.16,
+    points: int = 25,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, np.ndarray]:
+    """`frozen` at every step, with the valley that the weights bounce in.
+
+    The valley is the loss itself, along the top eigenvector at step 0, through the weights now.
+
+    Args:
+        path: one of `PATHS`.
+        steps: steps of SAM; one more are measured, the first before any.
+        reach: how far along the eigenvector the valley is followed, to both sides of the start.
+        points: on each valley, spaced evenly.
+
+    Returns:
+        ``step``, ``loss``, ``sharpness``, ``sam_edge``, ``gd_edge`` and ``position``, the distance
+        from the start along the eigenvector, (T,) each; ``along`` (points,), positions; and
+        ``valley`` (T, points), the loss there.
+
+    Raises:
+        ValueError: an unknown path.
+    """
+    model, x, target = network(config, seed, device)
+    params, closure = _on_path(path, model, x, target)
+    sam = _sam(params, config.network_lr, config.network_rho)
+    tracker = SharpnessTracker(closure, params, tol=config.tol)
+    along = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    start, rows, valleys = parameters_to_vector(params).detach(), Rows(), []
+    for step in range(steps + 1):
+        pairs, hessian = tracker.measure(), tracker.hessian
+        if step == 0:
+            direction = pairs.vectors[:, 0]
+        weights = parameters_to_vector(params).detach()
+        position = float((weights - start) @ direction)
+        rows.add(
+            step=step,
+            loss=hessian.loss(),
+            sharpness=float(pairs.values[0]),
+            sam_edge=sam_edge(
+                config.network_lr, config.network_rho, float(hessian.gradient().norm())
+            ),
+            gd_edge=gd_edge(config.network_lr),
+            position=position,
+        )
+        with torch.no_grad():
+            valley = []
+            for place in along.tolist():
+                vector_to_parameters(weights + (place - position) * direction, params)
+                valley.append(float(closure()))
+            vector_to_parameters(weights, params)
+        valleys.append(valley)
+        sam.step(closure)
+    columns = {name: np.array(column) for name, column in rows.columns.items()}
+    return {**columns, "along": along.numpy(), "valley": np.array(valleys)}
 
 
 # --- what a run says -----------------------------------------------------------------------------
