@@ -45,8 +45,8 @@ MIN_SEEDS = 3
 KINDS = {
     "paper": "a sentence of the paper, checked against its text",
     "code": "read in the authors' code",
-    "after": "our reading of a paper",
-    "ours": "this book's own",
+    "after": "our reading of a paper, not a sentence that we could check in its text",
+    "ours": "this book's own, even where a paper gave the occasion",
     "control": "a control, which would come out otherwise if a finding were an artefact",
 }
 """How far a statement may be charged to its source."""
@@ -176,12 +176,15 @@ class Claim:
 
         Args:
             suffix: of its id.
-            begins: how its statement begins.
+            begins: how its statement begins, such as ``With batch norm, ``.
         """
+        first, second = self.statement[0], self.statement[1:2]
+        # "After" goes on in small letters, "SAM" does not.
+        small = first.lower() if second.islower() or second == " " else first
         return dataclasses.replace(
             self,
             id=f"{self.id}-{suffix}",
-            statement=begins + self.statement,
+            statement=f"{begins}{small}{self.statement[1:]}",
             statistic=lambda runs: self(runs.where(**settings)),
         )
 
