@@ -84,7 +84,7 @@ def problem(
 
     @torch.no_grad()
     def error() -> float:
-        return 100 * (model(x).argmax(1) != images.y_test).double().mean().item()
+        return float(100 * (model(x).argmax(1) != images.y_test).double().mean())
 
     return model, loss, error
 
