@@ -283,8 +283,9 @@ def sharpness_and_edges(
     trajectory(ax, x[0], [run["sharpness"] for run in runs], label, color)
     gd = np.array([run["gd_edge"] for run in runs]) if gd_edge else np.inf
     if (sam < gd).any():
-        moving = COLORS["vermillion"]
-        edge_line(ax, np.median(sam, axis=0), "SAM edge", x[0], moving, below=True)
+        # its name belongs in the legend: it lies on the sharpness, where a label would cover both
+        style: dict[str, Any] = {"linestyle": (0, (5, 3)), "linewidth": 1.3}
+        ax.plot(x[0], np.median(sam, axis=0), color=COLORS["vermillion"], label="SAM edge", **style)
     if gd_edge:
         edge_line(ax, np.median(gd, axis=0), "2/η", x[0])
     ax.set(xlabel="step", ylabel="sharpness λ₁")

@@ -246,7 +246,8 @@ def test_sharpness_stands_beside_both_edges_and_the_moving_one_is_the_median(ax)
     assert sharpness.get_ydata().tolist() == [1.0, 2.0, 1.5]
     assert sam.get_ydata().tolist() == [3.0, 2.0, 1.5]
     assert gd.get_ydata().tolist() == [4, 4, 4]
-    assert [text.get_text() for text in ax.texts] == ["SAM edge", "2/η"]
+    assert [text.get_text() for text in ax.texts] == ["2/η"]
+    assert ax.get_legend_handles_labels()[1] == ["SAM", "SAM edge"]
     assert ax.get_yscale() == "log"
 
 
