@@ -58,11 +58,33 @@ def test_small_substeps_follow_gradient_flow(quadratic):
     assert torch.allclose(quadratic[1][0].detach(), flow, atol=2e-3)
 
 
-def test_blocked_directions_do_not_move(quadratic):
-    eos.descend(*quadratic, lr=0.6, steps=5, blocked=1, tol=1e-10)
+@pytest.mark.parametrize(("forbidden", "still"), [(slice(0, 1), 0), (slice(1, 2), 1)])
+def test_forbidden_directions_do_not_move(quadratic, forbidden, still):
+    eos.descend(*quadratic, 0.6, 5, k=2, forbidden=lambda v: v[:, forbidden], tol=1e-10)
     w = quadratic[1][0].detach()
-    assert w[0] == pytest.approx(START[0])
-    assert w[1] == pytest.approx(START[1] * 0.4**5)
+    expected = torch.tensor(START) * (1 - 0.6 * CURVATURES) ** 5
+    expected[still] = START[still]
+    assert torch.allclose(w, expected, atol=1e-6)
+
+
+def test_the_oscillation_is_split_among_the_eigenvectors(quadratic):
+    run = eos.descend(*quadratic, lr=0.6, steps=8, every=2, k=2, tol=1e-10)
+    assert np.allclose(run["second"], 1.0)
+    # the gradient's change in a step is -lr H g, here lr * curvature^2 * w along each axis
+    steps = np.arange(0, 8, 2)[:, None]
+    change = CURVATURES.numpy() ** 2 * (1 - 0.6 * CURVATURES.numpy()) ** steps * np.array(START)
+    expected = change**2 / (change**2).sum(1, keepdims=True)
+    measured = np.array([run["share_1"], run["share_2"]]).T
+    assert np.allclose(measured[:-1], expected[:, :2])
+    assert np.isnan(measured[-1]).all()
+    assert "share_1" not in eos.descend(*quadratic, lr=0.6, steps=2)
+
+
+def test_random_directions_are_orthonormal_and_follow_their_seed():
+    like = torch.zeros(1, dtype=torch.float64)
+    one, again, other = (eos.random_directions(30, 4, seed, like) for seed in (1, 1, 2))
+    assert torch.allclose(one.T @ one, torch.eye(4, dtype=torch.float64), atol=1e-12)
+    assert one.equal(again) and not one.equal(other)
 
 
 def test_descend_stops_where_it_is_told_to(quadratic):
@@ -124,6 +146,7 @@ TINY = dataclasses.replace(
     branch_lr=0.8,
     branch_time=4.0,
     blocked=1,
+    watched=2,
     every=5,
 )
 
@@ -139,7 +162,7 @@ def test_a_small_run_measures_everything_that_its_claims_need():
     assert np.allclose(sharpness["flow"][0], sharpness["gd"][0], rtol=0.02)
 
 
-def made_up(hover=1.02, blocked=1.5, flip=-1.0, seed=0):
+def made_up(hover=1.02, blocked=1.5, others=1.02, top=0.7, below=0.3, seed=0):
     """Runs of one seed in which everything is as claimed, unless told otherwise."""
     config, runs = dataclasses.asdict(eos.LAPTOP), []
     for setting in eos.settings(eos.LAPTOP):
@@ -149,6 +172,8 @@ def made_up(hover=1.02, blocked=1.5, flip=-1.0, seed=0):
             rise = np.linspace(1, blocked, n) * edge
         if setting["path"] == "flow":
             rise = np.linspace(1, 1.5, n) * edge
+        if setting["path"] in ("random", "next"):
+            rise = np.minimum(np.linspace(0.2, 2.2, n), others) * edge
         if setting["lr"] == eos.LAPTOP.small_lr:
             rise = rise / 10
         if setting["loss"] == "cross-entropy":
@@ -159,10 +184,13 @@ def made_up(hover=1.02, blocked=1.5, flip=-1.0, seed=0):
             "step": (0 if setting["path"] == "gd" else 100) + 10 * np.arange(n),
             "loss": np.logspace(0, -3, n),
             "sharpness": rise,
-            "along": np.ones(n),
-            "next_along": np.full(n, flip),
             "rises": np.full(n, 0.4),
         }
+        if setting["path"] == "gd":
+            first = below if setting["lr"] == eos.LAPTOP.small_lr else top
+            rest = (0.25, 0.0, 0.0, 0.01)
+            for i, share in enumerate((first, *rest), start=1):
+                columns[f"share_{i}"] = np.r_[np.full(n // 2, 0.1), np.full(n // 2, share), np.nan]
         runs.append(run_of(setting, seed, **columns))
     return seed_runs(config, *runs)
 
@@ -172,9 +200,14 @@ EXPECTED = {
     "hovers at 2/lr": 1.02,
     "not monotone": 0.4,
     "falls in the long run": 10**-1.5,
-    "oscillates along v1": 1.0,
+    "oscillation lies along v1": 0.7,
+    "v1 before v2 to v5": 0.7 - 0.26,
+    "five directions carry the oscillation": 0.96,
+    "v1 carries less away from the edge": 0.4,
     # the branches share the steps 100 to 400: the last 8 of 31 are those from 330 on
     "oscillation holds sharpness down": 1 + 0.5 * 26.5 / 40 - 1.02,
+    "random directions do not matter": 0.0,
+    "v2 to v5 do not matter": 0.0,
     "blocked follows flow": 0.0,
     "small lr stays below": 0.102,
     "ReLU saturates": 0.51,
@@ -202,7 +235,10 @@ def test_the_claims_hold_on_runs_made_to_hold_them():
     [
         ({"hover": 1.3}, {"hovers at 2/lr"}),
         ({"blocked": 1.0}, {"oscillation holds sharpness down", "blocked follows flow"}),
-        ({"flip": 1.0}, {"oscillates along v1"}),
+        ({"others": 1.3}, {"random directions do not matter", "v2 to v5 do not matter"}),
+        ({"top": 0.2}, {"oscillation lies along v1", "v1 before v2 to v5"}),
+        ({"top": 0.6}, {"five directions carry the oscillation"}),
+        ({"below": 0.6}, {"v1 carries less away from the edge"}),
     ],
 )
 def test_each_claim_can_fail(change, falls):

@@ -9,8 +9,16 @@ come out differently:
   ``blocked`` keeps the learning rate, but takes the top `config.blocked` eigenvectors out of every
   step, so that nothing can oscillate along them. If the oscillation is what holds the sharpness
   down, both must sail past 2/lr.
+* ``random`` and ``next`` branch off there too, and take as many *other* directions out of every
+  step: random ones that stay the same, and the eigenvectors that come next after the first. If it
+  is the oscillation along the first that matters, neither may let the sharpness rise.
 * a small learning rate, a ReLU network and cross-entropy: where the edge is not reached in the
   given time, or not held.
+
+Where the motion goes that repeats with period two is measured beside the sharpness. The second
+difference of the weights over three iterates, w'' - 2 w' + w, is -lr times the change of the
+gradient from the first step to the second. It is zero for a straight path at constant speed and
+largest for one that jumps to and fro. Its squared length is split among the top eigenvectors.
 
 The loss "mse" is 0.5 * sum over outputs, mean over examples (the convention of Cohen et al.).
 """
@@ -38,6 +46,7 @@ from sam_lab.tracker import SharpnessTracker
 from sam_lab.training import LossFn, squared_error
 
 __all__ = [
+    "BRANCHES",
     "CLAIMS",
     "EXPERIMENT",
     "LAPTOP",
@@ -47,16 +56,22 @@ __all__ = [
     "clock",
     "control",
     "descend",
+    "edge_shares",
+    "excess",
     "loss_and_gradient",
     "main_runs",
     "move",
     "problem",
+    "random_directions",
     "ratio",
+    "shares",
 ]
 
 # What these papers say, as we read them. The criteria were set after pilots at other settings.
 COHEN = Source("Cohen et al. 2021", "after")
 DAMIAN = Source("Damian et al. 2022", "after")
+
+BRANCHES = ("flow", "blocked", "random", "next")
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,8 @@ class Config:
         control_time: length of the other two controls.
         branch_lr, branch_time: learning rate and length of ``flow`` and ``blocked``.
         substeps: steps of ``flow`` for one step of gradient descent.
-        blocked: number of top eigenvectors that ``blocked`` takes out.
+        blocked: number of directions that ``blocked``, ``random`` and ``next`` take out.
+        watched: number of top eigenvectors among which the main runs split the oscillation.
         every: steps from one measurement of the sharpness to the next.
         tol: largest relative residual of a measured eigenpair.
     """
@@ -90,6 +106,7 @@ class Config:
     branch_time: float = 20.0
     substeps: int = 20
     blocked: int = 4
+    watched: int = 5
     every: int = 10
     tol: float = 1e-2
 
@@ -114,13 +131,13 @@ PAPER = Config(
 
 
 def settings(config: Config) -> list[Setting]:
-    """The main runs, the two branches and the three controls."""
+    """The main runs, the branches and the three controls."""
 
     def one(path: str, loss: str, activation: str, lr: float) -> Setting:
         return {"path": path, "loss": loss, "activation": activation, "lr": lr}
 
     main = [one("gd", "mse", "tanh", lr) for lr in config.lrs]
-    branches = [one(path, "mse", "tanh", config.branch_lr) for path in ("flow", "blocked")]
+    branches = [one(path, "mse", "tanh", config.branch_lr) for path in BRANCHES]
     controls = [
         one("gd", "mse", "tanh", config.small_lr),
         one("gd", "mse", "relu", config.relu_lr),
@@ -175,7 +192,8 @@ def descend(
     *,
     every: int = 1,
     substeps: int = 1,
-    blocked: int = 0,
+    k: int = 1,
+    forbidden: Callable[[Tensor], Tensor] | None = None,
     tol: float = 1e-2,
     stop: Callable[[float], bool] | None = None,
     tick: Callable[[int, int], None] = lambda done, total: None,
@@ -186,7 +204,9 @@ def descend(
         closure, params: the loss and what it is minimised over; `params` are moved in place.
         lr: learning rate; a step is made of `substeps` steps of `lr / substeps`.
         steps: number of steps; the last point is measured too.
-        blocked: number of top eigenvectors taken out of each step (measured before each, then).
+        k: number of top eigenpairs measured.
+        forbidden: gives the directions (P, m), orthonormal, that are taken out of a step, from the
+            top eigenvectors (P, k) before it. They are measured before every step, then.
         tol: largest relative residual of the eigenpairs.
         stop: ends the run after a measurement whose sharpness it says yes to.
         tick: told after each step how many are done, and of how many.
@@ -195,17 +215,21 @@ def descend(
         Columns, one entry a measurement: ``step``, ``loss``, ``sharpness`` (top Hessian
         eigenvalue), ``residual`` (of that eigenpair), ``along`` (the gradient's component along the
         top eigenvector), ``next_along`` (the same one step later, along the same vector; NaN at the
-        end), ``rises`` (share of the steps since the last measurement on which the loss rose).
+        end), ``rises`` (share of the steps since the last measurement on which the loss rose). For
+        ``k`` above 1 also ``second`` (the second eigenvalue) and ``share_1`` to ``share_k``: of the
+        squared length of the gradient's change to the next step, the part along each of the top
+        eigenvectors (NaN at the end).
 
     Raises:
         FloatingPointError: when the loss stops being finite.
     """
-    tracker = SharpnessTracker(closure, params, k=max(1, blocked), tol=tol)
-    rows, measured, top = Rows(), -1, torch.empty(0)  # measured: the step of the last row
+    tracker = SharpnessTracker(closure, params, k=k, tol=tol)
+    rows, measured = Rows(), -1  # measured: the step of the last row
+    top = last = torch.empty(0)  # the eigenvectors (P, k) and the gradient there
     before, rises = math.inf, 0
     for step in range(steps + 1):
         due = step % every == 0 or step == steps
-        pairs = tracker.measure() if due or blocked else None
+        pairs = tracker.measure() if due or forbidden else None
         if pairs is None:
             loss, grad = loss_and_gradient(closure, params)
         else:  # loss and gradient come with the measurement
@@ -215,30 +239,51 @@ def descend(
         rises += loss > before
         before = loss
         if step and measured == step - 1:
-            rows.columns["next_along"][-1] = float(top @ grad)
+            rows.columns["next_along"][-1] = float(top[:, 0] @ grad)
+            for name, share in _shares(top, grad - last).items() if k > 1 else ():
+                rows.columns[name][-1] = share
         if pairs is not None and due:
-            top, sharpness = pairs.vectors[:, 0], float(pairs.values[0])
+            top, last, sharpness = pairs.vectors, grad, float(pairs.values[0])
+            several = {"second": float(pairs.values[1])} | _shares(top) if k > 1 else {}
             rows.add(
                 step=step,
                 loss=loss,
                 sharpness=sharpness,
                 residual=float(pairs.residuals[0]),
-                along=float(top @ grad),
+                along=float(top[:, 0] @ grad),
                 next_along=math.nan,
                 rises=rises / (step - measured),
+                **several,
             )
             measured, rises = step, 0
             if stop is not None and stop(sharpness):
                 break
         if step == steps:
             break
-        if pairs is not None and blocked:
-            grad = grad - pairs.vectors @ (pairs.vectors.T @ grad)
+        if pairs is not None and forbidden:
+            out = forbidden(pairs.vectors)
+            grad = grad - out @ (out.T @ grad)
         move(params, -lr / substeps * grad)
         for _ in range(substeps - 1):
             move(params, -lr / substeps * loss_and_gradient(closure, params)[1])
         tick(step + 1, steps)
     return rows.columns
+
+
+def _shares(vectors: Tensor, change: Tensor | None = None) -> dict[str, float]:
+    """Of the squared length of `change` (P,), the parts along `vectors` (P, k); NaN without it."""
+    if change is None:
+        parts = torch.full((vectors.shape[1],), math.nan)
+    else:
+        parts = (vectors.T @ change).square() / change.square().sum()
+    return {f"share_{i}": float(part) for i, part in enumerate(parts, start=1)}
+
+
+def random_directions(size: int, number: int, seed: int, like: Tensor) -> Tensor:
+    """Orthonormal random directions (size, number), with the dtype and device of `like`."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(size, number, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(normal)[0].to(like)
 
 
 def run(config: Config, cell: Cell) -> Columns:
@@ -250,14 +295,17 @@ def run(config: Config, cell: Cell) -> Columns:
     closure, params = problem(config, cell.seed, cell.device, cell["loss"], cell["activation"])
     go_on = partial(descend, closure, params, lr, every=config.every, tol=config.tol)
     if path == "gd":
-        return go_on(steps, tick=cell.tick)
+        return go_on(steps, k=config.watched, tick=cell.tick)
     trunk = go_on(steps, stop=lambda sharpness: sharpness >= gd_edge(lr))
-    branch = go_on(
-        round(config.branch_time / lr),
-        substeps=config.substeps if path == "flow" else 1,
-        blocked=config.blocked if path == "blocked" else 0,
-        tick=cell.tick,
-    )
+    number, size = config.blocked, sum(p.numel() for p in params)
+    fixed = random_directions(size, number, cell.seed, like=params[0])
+    out = {
+        "flow": {"substeps": config.substeps},
+        "blocked": {"k": number, "forbidden": lambda vectors: vectors},
+        "random": {"forbidden": lambda vectors: fixed},
+        "next": {"k": number + 1, "forbidden": lambda vectors: vectors[:, 1:]},
+    }
+    branch = go_on(round(config.branch_time / lr), **out[path], tick=cell.tick)
     branch["step"] = [trunk["step"][-1] + step for step in branch["step"]]
     return branch
 
@@ -278,11 +326,11 @@ def control(runs: SeedRuns, name: str) -> Run:
 
 
 def branches(runs: SeedRuns) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Steps, and the sharpness there of "gd", "flow" and "blocked"."""
+    """Steps, and the sharpness there of "gd" and of each of `BRANCHES`."""
     lr = runs.config["branch_lr"]
     chosen = {
         path: runs.one(path=path, loss="mse", activation="tanh", lr=lr)
-        for path in ("gd", "flow", "blocked")
+        for path in ("gd", *BRANCHES)
     }
     common = [set(run["step"]) for run in chosen.values()]
     steps = np.array(sorted(set.intersection(*common)))
@@ -335,29 +383,88 @@ def falls_in_the_long_run(runs: SeedRuns) -> float:
     return max(float(loss[-1] / loss[len(loss) // 2]) for loss in losses)
 
 
-@claim(DAMIAN, low=0.8, id="oscillates along v1")
-def oscillates_along_top(runs: SeedRuns) -> float:
-    """At the edge gradient descent oscillates along the top eigenvector: share of steps, in the
-    second half, on which the gradient's component along it changes sign, at the learning rate where
-    it is smallest"""
-    products = [run["along"][:-1] * run["next_along"][:-1] for run in main_runs(runs)]
-    return min(float(second_half(product < 0).mean()) for product in products)
+def shares(run: Run) -> np.ndarray:
+    """The shares of the motion of period two along v1, v2, ... (k, T), without the last row."""
+    names = sorted(name for name in run.columns if name.startswith("share_"))
+    return np.array([run[name] for name in names])[:, :-1]
+
+
+def edge_shares(run: Run) -> np.ndarray:
+    """Those shares, (k,): means over the second half of the run."""
+    return shares(run)[:, shares(run).shape[1] // 2 :].mean(axis=1)
+
+
+@claim(DAMIAN, low=0.5, id="oscillation lies along v1", headline=True)
+def oscillation_lies_along_top(runs: SeedRuns) -> float:
+    """At the edge, most of the motion that repeats with period two lies along the top eigenvector:
+    its share of the squared second difference of the weights, mean over the second half of
+    training, at the learning rate where it is smallest"""
+    return min(float(edge_shares(run)[0]) for run in main_runs(runs))
+
+
+@claim(DAMIAN, low=0.0, id="v1 before v2 to v5")
+def top_before_the_next(runs: SeedRuns) -> float:
+    """At the edge, the top eigenvector carries more of the motion that repeats with period two than
+    the next four together: share of the first minus share of the others, mean over the second half
+    of training, at the learning rate where it is smallest"""
+    parts = [edge_shares(run) for run in main_runs(runs)]
+    return min(float(part[0] - part[1:].sum()) for part in parts)
+
+
+@claim(DAMIAN, low=0.9, id="five directions carry the oscillation")
+def five_carry_it(runs: SeedRuns) -> float:
+    """At the edge, the top five eigenvectors carry nearly all of the motion that repeats with
+    period two: their share of the squared second difference of the weights, mean over the second
+    half of training, at the learning rate where it is smallest"""
+    return min(float(edge_shares(run).sum()) for run in main_runs(runs))
+
+
+@claim(CONTROL, low=0.2, id="v1 carries less away from the edge")
+def less_away_from_the_edge(runs: SeedRuns) -> float:
+    """The top eigenvector's share of the second difference of the weights is larger at the edge
+    than far below it: smallest share among the main learning rates minus the share at the small
+    learning rate, means over the second half of training"""
+    below = float(edge_shares(control(runs, "small_lr"))[0])
+    return min(float(edge_shares(run)[0]) for run in main_runs(runs)) - below
+
+
+def excess(runs: SeedRuns, path: str) -> float:
+    """How far the branch `path` ends above gradient descent, in units of 2/lr.
+
+    The median over the last quarter of the branch.
+    """
+    _, sharpness = branches(runs)
+    above = sharpness[path] - sharpness["gd"]
+    edge: float = gd_edge(runs.config["branch_lr"])
+    return float(np.median(above[3 * len(above) // 4 :])) / edge
 
 
 @claim(DAMIAN, low=0.1, id="oscillation holds sharpness down", headline=True)
 def oscillation_holds_sharpness_down(runs: SeedRuns) -> float:
-    """Without the oscillation (top eigenvectors taken out of each step) the sharpness goes on
-    rising: excess over ordinary gradient descent in the branch's last quarter, over 2/lr"""
-    _, sharpness = branches(runs)
-    excess = sharpness["blocked"] - sharpness["gd"]
-    edge: float = gd_edge(runs.config["branch_lr"])
-    return float(np.median(excess[3 * len(excess) // 4 :])) / edge
+    """Without the oscillation (the top four eigenvectors taken out of each step) the sharpness goes
+    on rising: excess over ordinary gradient descent in the branch's last quarter, over 2/lr"""
+    return excess(runs, "blocked")
+
+
+@claim(CONTROL, high=0.1, id="random directions do not matter", headline=True)
+def random_directions_do_not_matter(runs: SeedRuns) -> float:
+    """Taking four random directions out of each step does not let the sharpness rise: excess over
+    ordinary gradient descent in the branch's last quarter, over 2/lr"""
+    return excess(runs, "random")
+
+
+@claim(CONTROL, high=0.1, id="v2 to v5 do not matter", headline=True)
+def the_next_four_do_not_matter(runs: SeedRuns) -> float:
+    """Taking the second to fifth eigenvectors out of each step and leaving the first does not let
+    the sharpness rise: excess over ordinary gradient descent in the branch's last quarter, over
+    2/lr"""
+    return excess(runs, "next")
 
 
 @claim(DAMIAN, high=0.05, id="blocked follows flow")
 def blocked_follows_flow(runs: SeedRuns) -> float:
-    """Without the oscillation, gradient descent follows the sharpness of gradient flow: largest
-    relative difference along the branch"""
+    """With the top four eigenvectors taken out of each step, gradient descent follows the sharpness
+    of gradient flow: largest relative difference along the branch"""
     _, sharpness = branches(runs)
     return float(np.abs(sharpness["blocked"] / sharpness["flow"] - 1).max())
 
@@ -389,8 +496,13 @@ CLAIMS = [
     hovers,
     not_monotone,
     falls_in_the_long_run,
-    oscillates_along_top,
+    oscillation_lies_along_top,
+    top_before_the_next,
+    five_carry_it,
+    less_away_from_the_edge,
     oscillation_holds_sharpness_down,
+    random_directions_do_not_matter,
+    the_next_four_do_not_matter,
     blocked_follows_flow,
     small_lr_stays_below,
     relu_saturates,
