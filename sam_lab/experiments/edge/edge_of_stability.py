@@ -29,6 +29,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -283,7 +284,8 @@ def random_directions(size: int, number: int, seed: int, like: Tensor) -> Tensor
     """Orthonormal random directions (size, number), with the dtype and device of `like`."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(size, number, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(normal)[0].to(like)
+    orthonormal: Tensor = torch.linalg.qr(normal)[0]
+    return orthonormal.to(like)
 
 
 def run(config: Config, cell: Cell) -> Columns:
@@ -299,7 +301,7 @@ def run(config: Config, cell: Cell) -> Columns:
     trunk = go_on(steps, stop=lambda sharpness: sharpness >= gd_edge(lr))
     number, size = config.blocked, sum(p.numel() for p in params)
     fixed = random_directions(size, number, cell.seed, like=params[0])
-    out = {
+    out: dict[str, dict[str, Any]] = {
         "flow": {"substeps": config.substeps},
         "blocked": {"k": number, "forbidden": lambda vectors: vectors},
         "random": {"forbidden": lambda vectors: fixed},
@@ -391,7 +393,9 @@ def shares(run: Run) -> np.ndarray:
 
 def edge_shares(run: Run) -> np.ndarray:
     """Those shares, (k,): means over the second half of the run."""
-    return shares(run)[:, shares(run).shape[1] // 2 :].mean(axis=1)
+    parts = shares(run)
+    means: np.ndarray = parts[:, parts.shape[1] // 2 :].mean(axis=1)
+    return means
 
 
 @claim(DAMIAN, low=0.5, id="oscillation lies along v1", headline=True)
