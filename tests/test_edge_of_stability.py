@@ -80,6 +80,15 @@ def test_the_oscillation_is_split_among_the_eigenvectors(quadratic):
     assert "share_1" not in eos.descend(*quadratic, lr=0.6, steps=2)
 
 
+def test_the_census_splits_one_step_among_many_directions(quadratic):
+    lr = 0.6
+    columns = eos.census(*quadratic, lr, k=3, tol=1e-10)
+    assert np.allclose(columns["census_value"], CURVATURES)
+    change = (CURVATURES.numpy() ** 2 * np.array(START)) ** 2
+    assert np.allclose(columns["census_share"], change / change.sum())
+    assert torch.allclose(quadratic[1][0], (1 - lr * CURVATURES) * torch.tensor(START))
+
+
 def test_random_directions_are_orthonormal_and_follow_their_seed():
     like = torch.zeros(1, dtype=torch.float64)
     one, again, other = (eos.random_directions(30, 4, seed, like) for seed in (1, 1, 2))
@@ -147,6 +156,7 @@ TINY = dataclasses.replace(
     branch_time=4.0,
     blocked=1,
     watched=2,
+    census=4,
     every=5,
 )
 
@@ -162,7 +172,7 @@ def test_a_small_run_measures_everything_that_its_claims_need():
     assert np.allclose(sharpness["flow"][0], sharpness["gd"][0], rtol=0.02)
 
 
-def made_up(hover=1.02, blocked=1.5, others=1.02, top=0.7, below=0.3, seed=0):
+def made_up(hover=1.02, blocked=1.5, others=1.02, top=0.7, below=0.3, burst=0.8, seed=0):
     """Runs of one seed in which everything is as claimed, unless told otherwise."""
     config, runs = dataclasses.asdict(eos.LAPTOP), []
     for setting in eos.settings(eos.LAPTOP):
@@ -188,9 +198,13 @@ def made_up(hover=1.02, blocked=1.5, others=1.02, top=0.7, below=0.3, seed=0):
         }
         if setting["path"] == "gd":
             first = below if setting["lr"] == eos.LAPTOP.small_lr else top
-            rest = (0.25, 0.0, 0.0, 0.01)
+            rest = (0.05, 0.0, 0.0, 0.01) if first == below else (0.25, 0.0, 0.0, 0.01)
             for i, share in enumerate((first, *rest), start=1):
-                columns[f"share_{i}"] = np.r_[np.full(n // 2, 0.1), np.full(n // 2, share), np.nan]
+                columns[f"share_{i}"] = np.r_[
+                    np.full(n // 2, burst), np.full(n // 2, share), np.nan
+                ]
+            columns["census_value"] = np.array([1.05, 0.96, 0.94]) * edge
+            columns["census_share"] = np.array([0.3, top, 0.0])
         runs.append(run_of(setting, seed, **columns))
     return seed_runs(config, *runs)
 
@@ -200,10 +214,13 @@ EXPECTED = {
     "hovers at 2/lr": 1.02,
     "not monotone": 0.4,
     "falls in the long run": 10**-1.5,
+    "v1 carries the first burst": 0.8,
+    "directions at the edge carry the oscillation": 1.0,
     "oscillation lies along v1": 0.7,
     "v1 before v2 to v5": 0.7 - 0.26,
     "five directions carry the oscillation": 0.96,
     "v1 carries less away from the edge": 0.4,
+    "five directions carry less away from the edge": 0.6,
     # the branches share the steps 100 to 400: the last 8 of 31 are those from 330 on
     "oscillation holds sharpness down": 1 + 0.5 * 26.5 / 40 - 1.02,
     "random directions do not matter": 0.0,
@@ -238,7 +255,10 @@ def test_the_claims_hold_on_runs_made_to_hold_them():
         ({"others": 1.3}, {"random directions do not matter", "v2 to v5 do not matter"}),
         ({"top": 0.2}, {"oscillation lies along v1", "v1 before v2 to v5"}),
         ({"top": 0.6}, {"five directions carry the oscillation"}),
+        ({"top": 0.1}, {"directions at the edge carry the oscillation"}),
+        ({"burst": 0.1}, {"v1 carries the first burst"}),
         ({"below": 0.6}, {"v1 carries less away from the edge"}),
+        ({"below": 0.6}, {"five directions carry less away from the edge"}),
     ],
 )
 def test_each_claim_can_fail(change, falls):

@@ -18,7 +18,8 @@ come out differently:
 Where the motion goes that repeats with period two is measured beside the sharpness. The second
 difference of the weights over three iterates, w'' - 2 w' + w, is -lr times the change of the
 gradient from the first step to the second. It is zero for a straight path at constant speed and
-largest for one that jumps to and fro. Its squared length is split among the top eigenvectors.
+largest for one that jumps to and fro. Its squared length is split among the top eigenvectors, and
+at the end of a main run among more of them: the *census*.
 
 The loss "mse" is 0.5 * sum over outputs, mean over examples (the convention of Cohen et al.).
 """
@@ -37,7 +38,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_lab import data, models
-from sam_lab.experiments.lab.claims import CONTROL, Source, claim
+from sam_lab.curvature import Hessian
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.lab.statistics import farthest_from_one, second_half, second_half_median
@@ -54,6 +56,8 @@ __all__ = [
     "PAPER",
     "Config",
     "branches",
+    "carried_at_the_edge",
+    "census",
     "clock",
     "control",
     "descend",
@@ -90,6 +94,7 @@ class Config:
         substeps: steps of ``flow`` for one step of gradient descent.
         blocked: number of directions that ``blocked``, ``random`` and ``next`` take out.
         watched: number of top eigenvectors among which the main runs split the oscillation.
+        census: the same, once, at the end of a run.
         every: steps from one measurement of the sharpness to the next.
         tol: largest relative residual of a measured eigenpair.
     """
@@ -108,6 +113,7 @@ class Config:
     substeps: int = 20
     blocked: int = 4
     watched: int = 5
+    census: int = 20
     every: int = 10
     tol: float = 1e-2
 
@@ -280,6 +286,21 @@ def _shares(vectors: Tensor, change: Tensor | None = None) -> dict[str, float]:
     return {f"share_{i}": float(part) for i, part in enumerate(parts, start=1)}
 
 
+def census(closure: Closure, params: list[Tensor], lr: float, k: int, tol: float) -> Columns:
+    """One more step of gradient descent, and how it oscillates, among many directions.
+
+    Returns:
+        ``census_value``, the `k` largest Hessian eigenvalues before the step, and
+        ``census_share``: of the squared length of the gradient's change in the step, the part along
+        each of their eigenvectors.
+    """
+    pairs = Hessian(closure, params).top(k, tol, max_hvps=1000)
+    before = loss_and_gradient(closure, params)[1]
+    move(params, -lr * before)
+    parts = _shares(pairs.vectors, loss_and_gradient(closure, params)[1] - before)
+    return {"census_value": pairs.values.tolist(), "census_share": list(parts.values())}
+
+
 def random_directions(size: int, number: int, seed: int, like: Tensor) -> Tensor:
     """Orthonormal random directions (size, number), with the dtype and device of `like`."""
     generator = torch.Generator().manual_seed(seed)
@@ -289,7 +310,7 @@ def random_directions(size: int, number: int, seed: int, like: Tensor) -> Tensor
 
 
 def run(config: Config, cell: Cell) -> Columns:
-    """One run. Columns as `descend` gives them; ``step`` counts from the initialisation."""
+    """One run. Columns as `descend` and `census` give them; ``step`` counts from the start."""
     lr, path = cell["lr"], cell["path"]
     main = cell["loss"] == "mse" and cell["activation"] == "tanh"
     steps = round((config.time if main else config.control_time) / lr)
@@ -297,7 +318,8 @@ def run(config: Config, cell: Cell) -> Columns:
     closure, params = problem(config, cell.seed, cell.device, cell["loss"], cell["activation"])
     go_on = partial(descend, closure, params, lr, every=config.every, tol=config.tol)
     if path == "gd":
-        return go_on(steps, k=config.watched, tick=cell.tick)
+        columns = go_on(steps, k=config.watched, tick=cell.tick)
+        return columns | census(closure, params, lr, config.census, config.tol)
     trunk = go_on(steps, stop=lambda sharpness: sharpness >= gd_edge(lr))
     number, size = config.blocked, sum(p.numel() for p in params)
     fixed = random_directions(size, number, cell.seed, like=params[0])
@@ -355,32 +377,32 @@ def ratio(run: Run) -> np.ndarray:
 # --- what the runs decide ------------------------------------------------------------------------
 
 
-@claim(COHEN, low=2.0, id="progressive sharpening", headline=True)
+@claim(COHEN, low=2.0, id="progressive sharpening")
 def progressive_sharpening(runs: SeedRuns) -> float:
-    """Gradient descent raises the sharpness: its largest value over its initial one, at the
-    smallest main learning rate"""
+    """Gradient descent with a fixed learning rate raises the sharpness: largest value over the
+    initial one, at the smallest of the three main learning rates"""
     sharpness = main_runs(runs)[0]["sharpness"]
     return float(sharpness.max() / sharpness[0])
 
 
 @claim(COHEN, 0.9, 1.15, id="hovers at 2/lr", headline=True)
 def hovers(runs: SeedRuns) -> float:
-    """In the second half of training the sharpness hovers at 2/lr: its median over 2/lr, at the
-    learning rate where that is farthest from 1"""
+    """In the second half of training the sharpness of gradient descent hovers at 2/lr: median of
+    the sharpness over 2/lr, at the learning rate where that is farthest from 1"""
     return farthest_from_one(second_half_median(ratio(run)) for run in main_runs(runs))
 
 
 @claim(COHEN, low=0.1, id="not monotone")
 def not_monotone(runs: SeedRuns) -> float:
-    """At the edge the loss rises on many single steps: share of them in the second half, at the
-    learning rate where it is smallest"""
+    """At the edge the training loss rises on many single steps: share of such steps in the second
+    half of training, at the learning rate where it is smallest"""
     return min(float(second_half(run["rises"]).mean()) for run in main_runs(runs))
 
 
 @claim(COHEN, high=0.8, id="falls in the long run", headline=True)
 def falls_in_the_long_run(runs: SeedRuns) -> float:
-    """At the edge the loss falls in the long run all the same: final loss over loss at half time,
-    at the learning rate where it falls least"""
+    """At the edge the training loss falls in the long run, although it rises on single steps: final
+    loss over loss at half time, at the learning rate where it falls least"""
     losses = [run["loss"] for run in main_runs(runs)]
     return max(float(loss[-1] / loss[len(loss) // 2]) for loss in losses)
 
@@ -415,12 +437,35 @@ def top_before_the_next(runs: SeedRuns) -> float:
     return min(float(part[0] - part[1:].sum()) for part in parts)
 
 
-@claim(DAMIAN, low=0.9, id="five directions carry the oscillation")
+@claim(DAMIAN, low=0.9, id="five directions carry the oscillation", headline=True)
 def five_carry_it(runs: SeedRuns) -> float:
     """At the edge, the top five eigenvectors carry nearly all of the motion that repeats with
     period two: their share of the squared second difference of the weights, mean over the second
     half of training, at the learning rate where it is smallest"""
     return min(float(edge_shares(run).sum()) for run in main_runs(runs))
+
+
+@claim(DAMIAN, low=0.5, id="v1 carries the first burst", set_after=True, headline=True)
+def top_carries_the_first_burst(runs: SeedRuns) -> float:
+    """When the sharpness first falls back to the edge, most of the motion that repeats with period
+    two lies along the top eigenvector: its share of the squared second difference of the weights
+    where the sharpness is largest, at the learning rate where that share is smallest"""
+    return min(float(shares(run)[0, run["sharpness"][:-1].argmax()]) for run in main_runs(runs))
+
+
+def carried_at_the_edge(run: Run, near: float = 0.95) -> float:
+    """The census' share of the eigenvectors with eigenvalues of at least `near` times 2/lr."""
+    at_edge = run["census_value"] >= near * gd_edge(run.settings["lr"])
+    return float(run["census_share"][at_edge].sum())
+
+
+@claim(OURS, low=0.9, id="directions at the edge carry the oscillation", set_after=True)
+def directions_at_the_edge_carry_it(runs: SeedRuns) -> float:
+    """At the end of training, the motion that repeats with period two lies along the eigenvectors
+    whose eigenvalues are at the edge (at least 0.95 times 2/lr, among the top 20), however many
+    they are: their share of the squared second difference of the weights, at the learning rate
+    where it is smallest"""
+    return min(carried_at_the_edge(run) for run in main_runs(runs))
 
 
 @claim(CONTROL, low=0.2, id="v1 carries less away from the edge")
@@ -430,6 +475,15 @@ def less_away_from_the_edge(runs: SeedRuns) -> float:
     learning rate, means over the second half of training"""
     below = float(edge_shares(control(runs, "small_lr"))[0])
     return min(float(edge_shares(run)[0]) for run in main_runs(runs)) - below
+
+
+@claim(CONTROL, low=0.5, id="five directions carry less away from the edge", set_after=True)
+def five_carry_less_away_from_the_edge(runs: SeedRuns) -> float:
+    """The share of the top five eigenvectors in the second difference of the weights is larger at
+    the edge than far below it: smallest share among the main learning rates minus the share at the
+    small learning rate, means over the second half of training"""
+    below = float(edge_shares(control(runs, "small_lr")).sum())
+    return five_carry_it(runs) - below
 
 
 def excess(runs: SeedRuns, path: str) -> float:
@@ -475,21 +529,21 @@ def blocked_follows_flow(runs: SeedRuns) -> float:
 
 @claim(CONTROL, high=0.5, id="small lr stays below")
 def small_lr_stays_below(runs: SeedRuns) -> float:
-    """With a small learning rate the edge is not reached in as many steps as the longest main run
-    has: largest sharpness over 2/lr"""
+    """With a small learning rate, gradient descent does not reach the edge in as many steps as the
+    longest main run has: largest sharpness over 2/lr"""
     return float(ratio(control(runs, "small_lr")).max())
 
 
-@claim(CONTROL, high=0.9, id="ReLU saturates", headline=True)
+@claim(CONTROL, high=0.9, id="ReLU saturates")
 def relu_saturates(runs: SeedRuns) -> float:
-    """A ReLU network's sharpness stops rising before it reaches the edge: its largest value over
-    2/lr"""
+    """A ReLU network's sharpness stops rising before it reaches the edge, at half the learning rate
+    at which it would reach it: largest sharpness over 2/lr"""
     return float(ratio(control(runs, "relu_lr")).max())
 
 
 @claim(COHEN, high=0.5, id="cross-entropy falls at the end")
 def cross_entropy_falls(runs: SeedRuns) -> float:
-    """With cross-entropy the sharpness falls once the images are fitted: final value over its
+    """With cross-entropy the sharpness falls once the images are fitted: final sharpness over the
     largest"""
     sharpness = control(runs, "cross_entropy_lr")["sharpness"]
     return float(sharpness[-1] / sharpness.max())
@@ -500,10 +554,13 @@ CLAIMS = [
     hovers,
     not_monotone,
     falls_in_the_long_run,
+    top_carries_the_first_burst,
+    directions_at_the_edge_carry_it,
     oscillation_lies_along_top,
     top_before_the_next,
     five_carry_it,
     less_away_from_the_edge,
+    five_carry_less_away_from_the_edge,
     oscillation_holds_sharpness_down,
     random_directions_do_not_matter,
     the_next_four_do_not_matter,
