@@ -86,10 +86,10 @@ class Config:
     smoothing: float = 0.1
     level: float = 0.2
     rho: float = 0.2
-    rhos: tuple[float, ...] = (0.05, 0.2, 0.5)
+    rhos: tuple[float, ...] = (0.05, 0.2)
     own_rho: float | None = 0.05
     decay: float = 1e-2
-    decays: tuple[float, ...] = (5e-3, 1e-2)
+    decays: tuple[float, ...] = (1e-2,)
     sharp_labels: bool = True
     eps: float = 0.05
     attack_eps: float = 0.1
