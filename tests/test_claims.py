@@ -332,8 +332,10 @@ def test_a_claim_under_another_setting_sees_its_runs_alone():
     ]
     result = Result("toy", "laptop", {}, runs, [])
     plain = claim_of(lambda runs: runs.base().value("x"))
-    stepped = plain.under("in-steps", "In steps. ", schedule="steps")
-    assert (stepped.id, stepped.statement) == ("c-in-steps", "In steps. It holds")
+    stepped = plain.under("in-steps", "In steps, ", schedule="steps")
+    assert (stepped.id, stepped.statement) == ("c-in-steps", "In steps, it holds")
+    named = claim_of([1], statement="SAM is flat").under("in-steps", "In steps, ")
+    assert named.statement == "In steps, SAM is flat"
     assert plain.judge(result).values == (1.0, 1.0, 1.0)
     assert stepped.judge(result).values == (5.0, 5.0, 5.0)
     assert dataclasses.replace(stepped, id="c", statement="It holds") == plain

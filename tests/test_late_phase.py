@@ -417,7 +417,7 @@ def test_a_claim_has_one_number_from_each_seed():
 
 
 def test_claims_in_steps_were_set_after_the_first_data_and_are_no_headlines():
-    in_steps = [claim for claim in CLAIMS if claim.statement.startswith("In steps. ")]
+    in_steps = [claim for claim in CLAIMS if claim.statement.startswith(late_phase.IN_STEPS)]
     assert len(in_steps) == 7
     for claim in in_steps:
         assert claim.id.endswith("-in-steps") and claim.set_after and not claim.headline

@@ -176,12 +176,15 @@ class Claim:
 
         Args:
             suffix: of its id.
-            begins: how its statement begins.
+            begins: how its statement begins, such as ``With batch norm, ``.
         """
+        first, second = self.statement[0], self.statement[1:2]
+        # "After" goes on in small letters, "SAM" does not.
+        small = first.lower() if second.islower() or second == " " else first
         return dataclasses.replace(
             self,
             id=f"{self.id}-{suffix}",
-            statement=begins + self.statement,
+            statement=f"{begins}{small}{self.statement[1:]}",
             statistic=lambda runs: self(runs.where(**settings)),
         )
 
