@@ -614,7 +614,7 @@ def weights_are_not_shorter(runs: SeedRuns) -> float:
     return _over_sgd(runs, "norm")
 
 
-@claim(CONTROL, low=0, unit="points", headline=True)
+@claim(CONTROL, low=0, unit="points")
 def decay_does_less(runs: SeedRuns) -> float:
     """Strong weight decay, which does not aim at sharpness, makes a network less robust than SAM
     does: by how much SAM's error under AutoAttack at the small eps is smaller"""
@@ -635,7 +635,7 @@ def nobody_stands_a_large_eps(runs: SeedRuns) -> float:
     return 100 * float(network(runs, "sam")["pgd_error"][-1])
 
 
-@claim(CONTROL, high=0, unit="points")
+@claim(CONTROL, high=0, unit="points", headline=True)
 def gradients_are_not_hidden(runs: SeedRuns) -> float:
     """Attacks that do not use the gradient of SAM's network break it no more often than PGD, which
     does: largest excess, over examples made on SGD's network at any eps and Square at the small
@@ -667,7 +667,12 @@ def steps_do_not_matter(runs: SeedRuns) -> float:
     return 100 * _largest_excess(network(runs, "sam"), "pgd_error_judged", "few_steps_error_judged")
 
 
-@claim(OURS, high=0.5, undefined="adversarial training was no more robust than SGD here")
+@claim(
+    OURS,
+    high=0.5,
+    undefined="adversarial training was no more robust than SGD here",
+    headline=True,
+)
 def far_from_adversarial_training(runs: SeedRuns) -> Ratio:
     """SAM alone has less than half of the robustness of adversarial training: share of the way from
     SGD's error under AutoAttack to that of adversarial training, at the larger eps"""
