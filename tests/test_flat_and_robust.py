@@ -157,7 +157,7 @@ def judge(monkeypatch):
 
 
 def test_every_network_is_measured_at_equal_loss_and_at_the_end(judge):
-    config = dataclasses.replace(TINY, sharp_labels=False)
+    config = TINY
     level = least(config.smoothing, 10) + config.level
     for setting in study.settings(config):
         seen = []
@@ -204,7 +204,7 @@ def test_the_networks_that_are_compared_must_be_there():
     with pytest.raises(ValueError, match="decay must be one of decays"):
         study.settings(dataclasses.replace(TINY, decay=1.0))
     with pytest.raises(ValueError, match="method must be one of"):
-        study.prepare(TINY, Cell({"method": "adam", "smoothing": 0.1}, 0))
+        study.prepare(TINY, Cell({"method": "adam"}, 0))
     for config in study.EXPERIMENT.presets.values():
         settings = study.settings(config)
         assert len({tuple(setting.items()) for setting in settings}) == len(settings)
@@ -212,12 +212,11 @@ def test_the_networks_that_are_compared_must_be_there():
 
 # --- the claims, by hand --------------------------------------------------------------------------
 
-CONFIG = {"rho": 0.2, "own_rho": 0.05, "decay": 0.01, "smoothing": 0.1}
+CONFIG = {"rho": 0.2, "own_rho": 0.05, "decay": 0.01}
 
 
-def made(method, rho=0.0, decay=0.0, smoothing=0.1, **columns):
-    setting = {"method": method, "rho": rho, "decay": decay, "smoothing": smoothing}
-    return run_of(setting, **columns)
+def made(method, rho=0.0, decay=0.0, **columns):
+    return run_of({"method": method, "rho": rho, "decay": decay}, **columns)
 
 
 def curvature(plain, relative):
@@ -248,23 +247,17 @@ RUNS = [
         **{"pgd_error": [0.45, 0.3], "autoattack_error": [0.37], "first_layer": [1.0, 1.0]},
     ),
     made("adversarial", **curvature([6.0, 5.0], [0.08, 0.1])),
-    made("sgd", smoothing=0.0, **curvature([8.0, 1.0], [0.4, 1.0])),
-    made("sam", 0.2, smoothing=0.0, **curvature([2.0, 1.0], [0.3, 1.0])),
-    made("decay", decay=0.01, smoothing=0.0, **curvature([12.0, 1.0], [0.1, 1.0])),
+    made("decay", decay=0.5, **curvature([9.0, 9.0], [9.0, 9.0])),
 ]
 EXPECTED = {
     "sam-is-flatter-at-equal-loss": 0.5,
     "sam-is-flatter-at-equal-loss-relative": 0.5,
     "sam-is-flatter-at-the-end": 0.25,
     "sam-is-flatter-at-the-end-relative": 1.5,
-    "sam-is-flatter-sharp-labels": 0.25,
-    "sam-is-flatter-sharp-labels-relative": 0.75,
     "decay-is-flatter-at-equal-loss": 1.25,
     "decay-is-flatter-at-equal-loss-relative": 0.2,
     "decay-is-flatter-at-the-end": 1.5,
     "decay-is-flatter-at-the-end-relative": 0.5,
-    "decay-is-flatter-sharp-labels": 1.5,
-    "decay-is-flatter-sharp-labels-relative": 0.25,
     "adversarial-is-flatter-at-equal-loss": 1.5,
     "adversarial-is-flatter-at-equal-loss-relative": 0.8,
     "adversarial-is-flatter-at-the-end": 2.5,
@@ -292,8 +285,8 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
 def test_a_network_is_found_by_its_method_and_its_numbers_by_their_moment():
     runs = seed_runs(CONFIG, *RUNS)
     assert network(runs, "sam") is RUNS[1] and network(runs, "sam", rho=0.5) is RUNS[2]
-    assert network(runs, "decay", smoothing=0.0) is RUNS[9]
+    assert network(runs, "decay", decay=0.5) is RUNS[-1]
     result = result_of(CONFIG, *RUNS)
     assert values(result, "sharpness", "sgd", AT_EQUAL_LOSS) == [4.0]
-    assert values(result, "sharpness", "sgd", smoothing=0.0) == [1.0]
+    assert values(result, "sharpness", "sgd") == [2.0]
     assert values(result, "autoattack_error", "sam") == [0.35]

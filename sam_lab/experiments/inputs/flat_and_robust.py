@@ -4,8 +4,8 @@ Sharpness can be compared only where two things are equal. The loss: the curvatu
 vanishes with it. And the scale of the weights: in a ReLU network one layer can be multiplied by a
 number and the next divided by it, which changes the Hessian's top eigenvalue and no prediction.
 Here every network is measured twice, *at equal loss* (at the first step after which the objective
-of training lies below a common level) and at the end; nearly all are trained with smoothed labels,
-whose loss does not vanish; and beside the top eigenvalue of the Hessian $H$ stands that of $T H T$,
+of training lies below a common level) and at the end; all are trained with smoothed labels, whose
+loss does not vanish; and beside the top eigenvalue of the Hessian $H$ stands that of $T H T$,
 with $T = |w|$ elementwise, which no such rescaling changes.
 
 The networks of a seed share data, initial weights and the order of the examples:
@@ -74,7 +74,6 @@ class Config:
         own_rho: radius of SAM with a ball for every example, one of `rhos`, with which it is
             compared; None for none.
         decays: weight decays; `decay` is the one of them that is compared with the rest.
-        sharp_labels: whether SGD, SAM and weight decay are trained without smoothing too.
         eps: radius of the attack that judges, in the maximum norm.
         attack_eps, attack_steps: of PGD in adversarial training.
         pgd_steps: of PGD at both moments, on all test examples.
@@ -90,7 +89,6 @@ class Config:
     own_rho: float | None = 0.05
     decay: float = 1e-2
     decays: tuple[float, ...] = (1e-2,)
-    sharp_labels: bool = True
     eps: float = 0.05
     attack_eps: float = 0.1
     attack_steps: int = 5
@@ -113,12 +111,12 @@ PAPER = Config(
 )
 
 
-def _setting(method: str, smoothing: float, rho: float = 0.0, decay: float = 0.0) -> Setting:
-    return {"method": method, "rho": rho, "decay": decay, "smoothing": smoothing}
+def _setting(method: str, rho: float = 0.0, decay: float = 0.0) -> Setting:
+    return {"method": method, "rho": rho, "decay": decay}
 
 
 def settings(config: Config) -> list[Setting]:
-    """The networks: which method, its radius, its weight decay, and the smoothing of the labels.
+    """The networks: which method, its radius, and its weight decay.
 
     Raises:
         ValueError: `rho` or `own_rho` is none of `rhos`, or `decay` none of `decays`.
@@ -130,18 +128,13 @@ def settings(config: Config) -> list[Setting]:
         )
     if config.decay not in config.decays:
         raise ValueError(f"decay must be one of decays {config.decays}, got {config.decay}")
-    smooth = partial(_setting, smoothing=config.smoothing)
-    sharp = partial(_setting, smoothing=0.0)
-    found = [
-        smooth("sgd"),
-        *(smooth("sam", rho=rho) for rho in config.rhos),
-        *([] if config.own_rho is None else [smooth("own", rho=config.own_rho)]),
-        *(smooth("decay", decay=decay) for decay in config.decays),
-        smooth("adversarial"),
+    return [
+        _setting("sgd"),
+        *(_setting("sam", rho=rho) for rho in config.rhos),
+        *([] if config.own_rho is None else [_setting("own", rho=config.own_rho)]),
+        *(_setting("decay", decay=decay) for decay in config.decays),
+        _setting("adversarial"),
     ]
-    if config.sharp_labels:
-        found += [sharp("sgd"), sharp("sam", rho=config.rho), sharp("decay", decay=config.decay)]
-    return found
 
 
 def least(smoothing: float, classes: int) -> float:
@@ -166,7 +159,7 @@ def prepare(config: Config, cell: Cell) -> tuple[Training, Dataset]:
         how["attack"] = partial(pgd, threat=threat, steps=config.attack_steps)
     elif method == "decay":
         recipe = recipe.but(weight_decay=cell["decay"])
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=cell["smoothing"])
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     if method == "own":
         how["attack"] = OwnBalls(cell["rho"], loss_fn)
     return recipe.training(
@@ -331,7 +324,7 @@ def run(config: Config, cell: Cell) -> Columns:
     training, dataset = prepare(config, cell)
     recipe, model = config.recipe, training.model
     x, y = recipe.examined(training)
-    level = least(cell["smoothing"], dataset.classes) + config.level
+    level = least(config.smoothing, dataset.classes) + config.level
     steps, found = 0, -1
     weights: dict[str, Tensor] = {}
 
@@ -404,7 +397,7 @@ def network(runs: SeedRuns, method: str, **changed: Any) -> Run:
     ball; weight decay at its `decay`; with smoothed labels.
 
     Args:
-        changed: another `rho`, `decay` or `smoothing`.
+        changed: another `rho` or `decay`.
 
     Raises:
         ValueError: there is no such network.
@@ -413,7 +406,6 @@ def network(runs: SeedRuns, method: str, **changed: Any) -> Run:
     chosen = {
         "rho": {"sam": config["rho"], "own": config["own_rho"]}.get(method, 0.0),
         "decay": config["decay"] if method == "decay" else 0.0,
-        "smoothing": config["smoothing"],
     }
     return runs.one(method=method, **{**chosen, **changed})
 
@@ -430,11 +422,9 @@ def values(
     return np.array([run[name][moment if len(run[name]) > 1 else 0] for run in runs])
 
 
-def _ratio(
-    runs: SeedRuns, name: str, method: str, moment: int = AT_EQUAL_LOSS, **changed: Any
-) -> float:
+def _ratio(runs: SeedRuns, name: str, method: str, moment: int = AT_EQUAL_LOSS) -> float:
     """A column of one network over SGD's."""
-    one, two = (network(runs, which, **changed)[name][moment] for which in (method, "sgd"))
+    one, two = (network(runs, which)[name][moment] for which in (method, "sgd"))
     return float(one / two)
 
 
@@ -473,19 +463,14 @@ _MEASURES = {
     ),
 }
 _WHEN = {
-    "at-equal-loss": ("at equal training loss", AT_EQUAL_LOSS, {}),
-    "at-the-end": ("at the end of training with smoothed labels", AT_END, {}),
-    "sharp-labels": (
-        "at equal training loss with labels that are not smoothed",
-        AT_EQUAL_LOSS,
-        {"smoothing": 0.0},
-    ),
+    "at-equal-loss": ("at equal training loss", AT_EQUAL_LOSS),
+    "at-the-end": ("at the end of training with smoothed labels", AT_END),
 }
 
 
 def _is_flatter(method: str, measure: str, when: str) -> Claim:
     units, what = _MEASURES[measure]
-    words, moment, changed = _WHEN[when]
+    words, moment = _WHEN[when]
     relative = "-relative" if units else ""
 
     @claim(
@@ -498,19 +483,15 @@ def _is_flatter(method: str, measure: str, when: str) -> Claim:
         "ratio to SGD's",
     )
     def is_flatter(runs: SeedRuns) -> float:
-        return _ratio(runs, measure, method, moment, **changed)
+        return _ratio(runs, measure, method, moment)
 
     return is_flatter
 
 
 IS_FLATTER = [
     _is_flatter(method, measure, when)
-    for method, whens in {
-        "sam": _WHEN,
-        "decay": _WHEN,
-        "adversarial": ("at-equal-loss", "at-the-end"),
-    }.items()
-    for when in whens
+    for method in _NAMES
+    for when in _WHEN
     for measure in _MEASURES
 ]
 
