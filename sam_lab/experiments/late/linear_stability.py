@@ -581,7 +581,6 @@ def edge_of_minibatches(runs: SeedRuns) -> float:
 @claim(
     Source("Zhou et al. 2025, theorem 4.1 (its direction)", "after"),
     high=1.0,
-    headline=True,
     domain="positive",
 )
 def sam_is_stricter_than_sgd(runs: SeedRuns) -> float:

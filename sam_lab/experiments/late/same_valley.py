@@ -284,7 +284,7 @@ def _sharpness_ratio(run: Run, one: str, two: str) -> float:
 # --- what the runs decide -------------------------------------------------------------------------
 
 
-@claim(ZHOU, high=0.05, headline=True)
+@claim(ZHOU, high=0.05)
 def no_barrier(runs: SeedRuns) -> float:
     """The switch to SAM and the end of training lie in one valley: barrier of the training loss on
     the straight line between them, over the loss at its ends"""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sam_lab.experiments.lab.claims import NotApplicable
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
 from sam_lab.experiments.lab.statistics import Ratio
 from sam_lab.training import Phase, Schedule, Training, constant, early, late, step_decay
@@ -206,7 +207,7 @@ def off_the_clock(
         reached too; values are interpolated in the logarithm of the sum.
 
     Raises:
-        ValueError: there is no such switch.
+        NotApplicable: there is no such switch.
     """
     sums, values = course("constant")
     differences: list[float] = []
@@ -216,5 +217,5 @@ def off_the_clock(
         expected = np.interp(np.log(other_sums[shared]), np.log(sums), values)
         differences += (other[shared] - expected).tolist()
     if not differences:
-        raise ValueError("no schedule has a late phase as long as one at the constant rate")
+        raise NotApplicable("no schedule has a late phase as long as one at the constant rate")
     return np.array(differences)
