@@ -488,7 +488,6 @@ EXPECTED = {
     "boundary-is-farther": 1.5,
     "weights-are-not-shorter": 1.1,
     "decay-does-less": -3.0,
-    "decay-is-not-flatter": 3.0,
     "blind-does-less": 8.0,
     "nobody-stands-a-large-eps": 99.5,
     "gradients-are-not-hidden": -1.0,

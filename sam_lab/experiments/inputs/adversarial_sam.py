@@ -13,6 +13,8 @@ The judges are those of `robustness.two_judges`. The *gap* is the error on test 
 on training examples, both under the same attack. Sharpness is the top eigenvalue of the Hessian
 over the first `recipe.measured` training examples, the model in evaluation mode, of two losses: the
 cross-entropy of the examples as they are, and that of the attacked examples, which are held fixed.
+No claim rests on the former: the losses of networks trained with and without attack are far apart.
+`flat_and_robust` compares these two at equal loss.
 """
 
 from __future__ import annotations
@@ -331,13 +333,6 @@ def large_radius_costs_accuracy(runs: SeedRuns) -> float:
     return _points("natural_error", largest, adversarial(runs))
 
 
-@claim(OURS, low=1)
-def flat_in_weights_is_another_thing(runs: SeedRuns) -> float:
-    """Adversarial training without SAM does not end flatter in the weights than SGD: sharpness over
-    examples as they are, ratio"""
-    return _ratio("sharpness", adversarial(runs), _without_attack(runs, 0.0))
-
-
 @claim(OURS, high=0.5)
 def flat_in_inputs(runs: SeedRuns) -> float:
     """Adversarial training ends flatter in the inputs than SGD: norm of the input gradient,
@@ -362,7 +357,6 @@ CLAIMS = [
     sam_flattens_the_adversarial_loss,
     awp_flattens_the_adversarial_loss,
     large_radius_costs_accuracy,
-    flat_in_weights_is_another_thing,
     flat_in_inputs,
     sam_alone_is_not_enough,
 ]
