@@ -55,7 +55,7 @@ def test_every_claim_gets_a_number_from_every_seed_and_the_own_ones_are_finite(r
     assert len(result.runs) == 2 * 4
     for verdict in experiments.judge(result):
         assert "the statistic failed" not in verdict.reason
-        assert len(verdict.values) == 2
+        assert len(verdict.values) == 2 or verdict.verdict == "does not apply"
         assert verdict.claim.id not in OWN or all(map(math.isfinite, verdict.values))
 
 

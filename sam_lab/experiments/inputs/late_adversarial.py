@@ -182,10 +182,11 @@ def late_half_is_robust(runs: SeedRuns) -> Ratio:
     return reached(runs.base(), ROBUST, "late", 0.5)
 
 
-@claim(OUR_ZHOU, high=0, unit="points")
+# A claim of no difference needs a margin: with 0 it could not be reproduced where it is true.
+@claim(OUR_ZHOU, high=1, unit="points", set_after=True)
 def late_is_natural(runs: SeedRuns) -> float:
-    """Adversarial training in the last tenth of the epochs has no larger natural error than
-    adversarial training throughout: by how much it is larger"""
+    """Adversarial training in the last tenth of the epochs costs at most a point of natural error
+    against adversarial training throughout: by how much the error is larger"""
     return _points(runs.base(), "natural_error", ("late", LATE), ("full",))
 
 

@@ -236,10 +236,11 @@ def training_error_hides_it(runs: SeedRuns) -> float:
     return rise(runs.base(), "train_robust_error")
 
 
-@claim(RICE, high=0, unit="points")
+# A claim of no difference needs a margin: with 0 it could not be reproduced where it is true.
+@claim(RICE, high=1, unit="points", set_after=True)
 def natural_error_hides_it(runs: SeedRuns) -> float:
-    """The natural test error does not rise from the best epoch of adversarial training to the last:
-    by how much it is larger at the last"""
+    """The natural test error rises by no more than a point from the best epoch of adversarial
+    training to the last: by how much it is larger at the last"""
     return rise(runs.base(), "end_natural_error")
 
 

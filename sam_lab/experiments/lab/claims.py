@@ -45,8 +45,8 @@ MIN_SEEDS = 3
 KINDS = {
     "paper": "a sentence of the paper, checked against its text",
     "code": "read in the authors' code",
-    "after": "our reading of a paper",
-    "ours": "this book's own",
+    "after": "our reading of a paper, not a sentence that we could check in its text",
+    "ours": "this book's own, even where a paper gave the occasion",
     "control": "a control, which would come out otherwise if a finding were an artefact",
 }
 """How far a statement may be charged to its source."""

@@ -168,11 +168,11 @@ def _mean(quotients: Iterable[float]) -> float:
     return float(np.exp(np.mean(np.log(list(quotients)))))
 
 
-@claim(CONTROL, 0.8, 1.25, headline=True, domain="positive")
+@claim(CONTROL, 0.8, 1.25, headline=True)
 def sam_as_sgd(runs: SeedRuns) -> float:
-    """With minibatches, SAM is as near to its edge as SGD of the same learning rate is to 2/lr:
-    sharpness over edge, median over the second half of training, SAM's over SGD's, at the setting
-    where it is farthest from 1"""
+    """SAM is as near to its edge as SGD of the same learning rate is to 2/lr, whatever minibatches
+    do to either: quotient of the second-half medians of sharpness over edge, at the setting where
+    it is farthest from 1"""
     quotients = [
         second_half_median(ratio(run))
         / second_half_median(ratio(descent(runs, run.settings["lr"])))
@@ -181,44 +181,43 @@ def sam_as_sgd(runs: SeedRuns) -> float:
     return max(quotients, key=lambda quotient: abs(np.log(quotient)))
 
 
-@claim(CONTROL, low=1.0, domain="positive")
+@claim(CONTROL, low=1.0)
 def starts_beyond(runs: SeedRuns) -> float:
     """The Transformer starts beyond the edge, so that there is nothing to arrive at: sharpness over
     2/lr before the first step, at the smallest learning rate"""
     return float(ratio(descent(runs, min(runs.config["lrs"])))[0])
 
 
-@claim(CONTROL, low=1.2, domain="positive")
+@claim(CONTROL, low=1.2)
 def batch_scatters(runs: SeedRuns) -> float:
-    """On the current batch, sharpness over edge scatters more than on a fixed batch: width from the
-    10th to the 90th percentile in the second half of training, current over fixed, geometric mean
-    over settings"""
+    """On the current batch, sharpness over edge scatters more than on the fixed one: quotient of
+    the widths from the 10th to the 90th percentile in the second half, geometric mean over
+    settings"""
     return _mean(
         second_half_width(batch_ratio(run)) / second_half_width(ratio(run)) for run in runs.runs
     )
 
 
-@claim(CONTROL, low=1.02, domain="positive")
+@claim(CONTROL, low=1.02)
 def batch_sharper(runs: SeedRuns) -> float:
-    """The loss of the current batch is sharper than that of a fixed batch, as the largest
-    eigenvalue of a noisy matrix is on average above that of its mean: sharpness, median over the
-    second half of training, current over fixed, geometric mean over settings"""
+    """The current batch is sharper than the fixed one, as the largest eigenvalue of a noisy matrix
+    is on average above that of its mean: quotient of the second-half medians of sharpness,
+    geometric mean over settings"""
     return _mean(_over_fixed(run, "sharpness") for run in runs.runs)
 
 
-@claim(CONTROL, low=1.05, domain="positive")
+@claim(CONTROL, low=1.05)
 def batch_edge_higher(runs: SeedRuns) -> float:
-    """The current batch's gradient is longer by its noise, which raises the SAM edge too: SAM edge,
-    median over the second half of training, current batch over fixed batch, geometric mean over the
-    settings of SAM"""
+    """The current batch's gradient is longer by its noise, which raises SAM's edge too: quotient of
+    the second-half medians of the edge, geometric mean over the settings of SAM"""
     return _mean(_over_fixed(run, "sam_edge") for run in perturbed(runs))
 
 
-@claim(CONTROL, 0.9, 1.1, domain="positive")
+@claim(CONTROL, 0.9, 1.1)
 def batch_reads_alike(runs: SeedRuns) -> float:
-    """The noise of a batch changes sharpness and SAM edge alike, so that their ratio hardly
-    changes: sharpness over SAM edge, median over the second half of training, current batch over
-    fixed batch, geometric mean over the settings of SAM"""
+    """What noise does to sharpness and edge nearly cancels in SAM's ratio of the two: that on the
+    current batch over that on the fixed one, second-half medians, geometric mean over the settings
+    of SAM"""
     return _mean(
         second_half_median(batch_ratio(run)) / second_half_median(ratio(run))
         for run in perturbed(runs)

@@ -376,123 +376,121 @@ def _with_noise(runs: SeedRuns, noise: float) -> Run:
 
 @claim(LONG_BARTLETT, high=1e-6, id="edge by brute force")
 def edge_by_brute_force(runs: SeedRuns) -> float:
-    """The SAM edge is the curvature above which SAM makes the gradient's component grow: relative
-    difference of the formula from the edge found by bisection, where it is largest"""
+    """The curvature from which on SAM makes the gradient's component grow, found by bisection, is
+    the SAM edge: relative difference, where it is largest"""
     return float(max(np.abs(run["error"]).max() for run in runs.all(study="bisection")))
 
 
 @claim(BARTLETT, high=1e-3, id="ratio of 1 on a quadratic")
 def ratio_of_1(runs: SeedRuns) -> float:
-    """On a fixed quadratic, SAM ends with a sharpness at its edge: |sharpness over edge - 1| on the
-    last two steps, where it is largest"""
+    """On a fixed quadratic the sharpness ends at the SAM edge: |ratio - 1| on the last two steps,
+    where it is largest"""
     return float(max(np.abs(ratio(run)[-2:] - 1).max() for run in runs.all(study="spectrum")))
 
 
 @claim(CONTROL, high=1e-3, id="curvature is constant")
 def curvature_is_constant(runs: SeedRuns) -> float:
-    """On fixed quadratics and frozen networks, SAM comes to its edge although the curvature does
-    not change: largest less smallest measured sharpness, over the first"""
+    """SAM comes to its edge on fixed quadratics and frozen networks without any change of
+    curvature: largest less smallest measured sharpness, over the first"""
     frozen_networks = [_on_network(runs, path) for path in ("linearised", "taylor")]
     return max(_change(run) for run in [*runs.all(study="spectrum"), *frozen_networks])
 
 
 @claim(BARTLETT, high=1e-3, id="gradient adapts")
 def gradient_adapts(runs: SeedRuns) -> float:
-    """On a fixed quadratic, it is the gradient that adapts until the edge meets the sharpness:
-    relative difference of its final norm from lr rho λ²/(2 - lr λ), where it is largest"""
+    """On a fixed quadratic it is the gradient that changes: its norm ends at lr rho λ²/(2 - lr λ);
+    relative difference, where it is largest"""
     norms = [run["grad_norm"][-1] / run.value("orbit") for run in runs.all(study="spectrum")]
     return float(max(abs(norm - 1) for norm in norms))
 
 
-@claim(CONTROL, low=1.1, id="overshoots first", domain="positive")
+@claim(CONTROL, low=1.1, id="overshoots first")
 def overshoots_first(runs: SeedRuns) -> float:
-    """On the way to its edge on a fixed quadratic, SAM's ratio of sharpness over edge can rise far
-    above 1, after the top component has died out while the gradient was long: largest ratio of a
-    run, largest over the spectra"""
+    """On the way to the edge of a fixed quadratic, sharpness over edge can pass 1 by far, where the
+    top component had died out while the gradient was long: largest ratio of a run, largest of the
+    spectra"""
     return float(max(ratio(run).max() for run in runs.all(study="spectrum")))
 
 
-@claim(CONTROL, high=0.9, id="ratio before orbit", domain="share")
+@claim(CONTROL, high=0.9, id="ratio before orbit")
 def ratio_before_orbit(runs: SeedRuns) -> float:
-    """On a fixed quadratic, sharpness over edge comes to 1 before SAM bounces along the top
-    eigenvector: |cos| of gradient and eigenvector once the ratio is within 1% for good, smallest
-    over the spectra"""
+    """On a fixed quadratic, sharpness over edge is 1 before SAM bounces along the top eigenvector:
+    |cos| of gradient and eigenvector once the ratio is within 1% for good, smallest of the
+    spectra"""
     spectra = runs.all(study="spectrum")
     return float(min(run["grad_align"][settled(run)] for run in spectra))
 
 
 @claim(CONTROL, 0.95, 1.05, id="close eigenvalues settle slowly")
 def close_eigenvalues_settle_slowly(runs: SeedRuns) -> float:
-    """On a quadratic with a close second eigenvalue, the direction of the gradient settles only in
-    about 1/gap steps: measured over predicted rate, at the gap where it is farthest from 1"""
+    """Beside a close second eigenvalue the gradient's direction settles only in about 1/gap steps:
+    measured over predicted rate, at the gap where that is farthest from 1"""
     return farthest_from_one(_fading(run) for run in runs.all(study="pair"))
 
 
-@claim(CONTROL, 0.98, 1.02, id="little noise does little", domain="positive")
+@claim(CONTROL, 0.98, 1.02, id="little noise does little")
 def little_noise_does_little(runs: SeedRuns) -> float:
-    """On a fixed quadratic, gradient noise that is small beside the orbit's gradient leaves
-    sharpness over edge at 1: median over steps, with the noisy gradient, at the smallest noise"""
+    """Gradient noise that is small beside the orbit's gradient leaves sharpness over edge at 1:
+    median over steps, by the noisy gradient, at the smallest noise"""
     return float(np.median(_with_noise(runs, min(runs.config["noises"]))["batch"]))
 
 
-@claim(CONTROL, low=1.1, id="noise splits the ratio", domain="positive")
+@claim(CONTROL, low=1.1, id="noise splits the ratio")
 def noise_splits_the_ratio(runs: SeedRuns) -> float:
-    """On a fixed quadratic, noise as large as the orbit's gradient splits sharpness over edge in
-    two: median ratio with the full gradient over that with the noisy one"""
+    """Noise as large as the orbit's gradient splits sharpness over edge in two: median ratio by the
+    full gradient over that by the noisy one"""
     run = _with_noise(runs, min(runs.config["noises"], key=lambda noise: abs(np.log(noise))))
     return float(np.median(run["full"]) / np.median(run["batch"]))
 
 
-@claim(CONTROL, high=0.9, id="much noise takes SAM off its edge", domain="positive")
+@claim(CONTROL, high=0.9, id="much noise takes SAM off its edge")
 def much_noise_takes_sam_off_its_edge(runs: SeedRuns) -> float:
-    """On a fixed quadratic, noise that is large beside the orbit's gradient keeps the sharpness
-    below the SAM edge: median ratio at the largest noise, the larger of that with the full gradient
-    and that with the noisy one"""
+    """Noise that is large beside the orbit's gradient keeps the sharpness below the SAM edge:
+    median ratio at the largest noise, the larger of the two"""
     run = _with_noise(runs, max(runs.config["noises"]))
     return float(max(np.median(run[name]) for name in ("full", "batch")))
 
 
-@claim(CONTROL, 0.9, 1.15, id="frozen network", headline=True, domain="positive")
+@claim(CONTROL, 0.9, 1.15, id="frozen network", headline=True)
 def frozen_network(runs: SeedRuns) -> float:
-    """A linearised network, whose curvature cannot change, passes the test for SAM at its edge:
-    sharpness over SAM edge, median over the second half of training"""
+    """A linearised network, whose curvature cannot change, passes the criterion for SAM at its
+    edge: second-half median of sharpness over edge"""
     return second_half_median(ratio(_on_network(runs, "linearised")))
 
 
-@claim(CONTROL, 0.9, 1.15, id="frozen loss", domain="positive")
+@claim(CONTROL, 0.9, 1.15, id="frozen loss")
 def frozen_loss(runs: SeedRuns) -> float:
-    """The second-order model of a network's loss, whose curvature cannot change, passes the test
-    for SAM at its edge as long as it is positive: sharpness over SAM edge, median over the second
-    half of that time"""
+    """The second-order model of a network's loss passes the criterion for SAM at its edge, as long
+    as it is positive: median of sharpness over edge in the second half of that time"""
     return second_half_median(_while_positive(_on_network(runs, "taylor")))
 
 
-@claim(LONG_BARTLETT, 0.9, 1.15, id="living network", domain="positive")
+@claim(LONG_BARTLETT, 0.9, 1.15, id="living network")
 def living_network(runs: SeedRuns) -> float:
-    """A living network, whose curvature can change, passes the test for SAM at its edge: sharpness
-    over SAM edge, median over the second half of training"""
+    """A living network passes the criterion for SAM at its edge: second-half median of sharpness
+    over edge"""
     return second_half_median(ratio(_on_network(runs, "living")))
 
 
-@claim(LONG_BARTLETT, high=0.8, id="living falls, frozen stays", headline=True, domain="positive")
+@claim(LONG_BARTLETT, high=0.8, id="living falls, frozen stays", headline=True)
 def living_falls(runs: SeedRuns) -> float:
-    """The sharpness itself tells a living network from a linearised one: final sharpness of the
-    living network over that of the linearised one"""
+    """What tells a living network from a linearised one is the sharpness: that of the living one at
+    the end, over that of the linearised one"""
     living, other = (_on_network(runs, path)["sharpness"] for path in ("living", "linearised"))
     return float(living[-1] / other[-1])
 
 
-@claim(CONTROL, low=0.95, id="frozen gradient is aligned", domain="share")
+@claim(CONTROL, low=0.95, id="frozen gradient is aligned")
 def frozen_gradient_is_aligned(runs: SeedRuns) -> float:
-    """On a linearised network, SAM's gradient comes to lie along the top eigenvector: |cos| of the
-    two, median over the second half of training"""
+    """On the linearised network the gradient comes to lie along the top eigenvector: second-half
+    median of |cos|"""
     return second_half_median(_on_network(runs, "linearised")["grad_align"])
 
 
-@claim(CONTROL, high=0.7, id="living gradient is not", domain="share")
+@claim(CONTROL, high=0.7, id="living gradient is not")
 def living_gradient_is_not(runs: SeedRuns) -> float:
-    """On a living network, most of the gradient does not lie along the top eigenvector: |cos| of
-    the two, median over the second half of training"""
+    """On the living network most of the gradient does not lie along the top eigenvector:
+    second-half median of |cos|"""
     return second_half_median(_on_network(runs, "living")["grad_align"])
 
 
