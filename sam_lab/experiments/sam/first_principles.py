@@ -160,7 +160,8 @@ def noise(config: Config, cell: Cell) -> Columns:
     dataset = load(config, cell.seed, cell.device)
     for epoch, model in epochs(config, dataset, "random", cell["rho"], cell.seed):
         cell.tick(epoch, config.epochs)
-    return {name: [value] for name, value in _end(config, dataset, model).items()}
+        trained = model
+    return {name: [value] for name, value in _end(config, dataset, trained).items()}
 
 
 def paths(config: Config) -> list[Setting]:
