@@ -38,6 +38,9 @@ def made(rho, lr=0.5, seed=0, **columns):
     return run_of({"lr": lr, "rho": rho}, seed, **{**base, **columns})
 
 
+SAM_FROM_1 = np.concatenate([[1.5], np.linspace(3.0, 1.0, 11)[1:]])  # at its edge but at first
+
+
 def judged(make):
     """Verdicts by id on three seeds of one gradient-descent and one SAM run."""
     runs = [run for seed in range(3) for run in make(seed)]
@@ -46,10 +49,10 @@ def judged(make):
 
 
 def as_the_paper_says(seed=0):
-    """Gradient descent arrives at step 60; SAM is at its edge, which falls, from the start."""
+    """Gradient descent arrives at step 60, SAM, whose edge falls, at step 10."""
     return [
         made(0.0, seed=seed, sharpness=np.where(np.arange(11) < 6, 1.0, 4.0)),
-        made(0.1, seed=seed),
+        made(0.1, seed=seed, sharpness=SAM_FROM_1),
     ]
 
 
@@ -106,6 +109,22 @@ def test_arrival_is_the_step_from_which_on_the_sharpness_is_at_the_edge():
     assert arrives(thrown) == 50, "beyond the edge at first, but thrown below it"
     glance = np.array([0.5, 2.0, 2.0, 2.0, 2.0, 1.7, 2.0, 2.0, 2.0, 2.0, 2.0])
     assert arrives(glance) == 10, "one measurement of ten below does not count"
+
+
+def test_who_arrives_first_is_asked_only_where_both_start_below_their_edge():
+    def pair(lr, seed, start):
+        descent = np.where(np.arange(11) < 6, 1.0, 4.0)
+        descent[0] = start
+        return [made(0.0, lr, seed, sharpness=descent), made(0.1, lr, seed, sharpness=SAM_FROM_1)]
+
+    def verdict(*starts):
+        runs = [
+            run for seed in range(3) for i, at in enumerate(starts, 1) for run in pair(i, seed, at)
+        ]
+        return at_the_edge.sam_arrives_early.judge(result_of({"lrs": [1, 2]}, *runs))
+
+    assert verdict(9.0, 9.0).explained == "does not apply (every run starts at its edge or beyond)"
+    assert verdict(9.0, 1.0).measured == "0.166667 in every seed"
 
 
 def test_equal_loss_is_the_smallest_that_both_have_reached():

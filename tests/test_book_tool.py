@@ -77,6 +77,17 @@ def test_a_page_that_is_listed_but_not_there_is_named(project):
         book.pages(project.root)
 
 
+def test_sections_of_a_chapter_are_pages_and_no_chapters(project):
+    part = "parts:\n- caption: One\n  chapters:\n"
+    listed = TOC.replace("chapters:\n", part).replace("- file", "  - file")
+    sections = "    sections:\n    - file: book/01_aside\n  - file: book/words\n"
+    (project.root / "_toc.yml").write_text(listed + sections)
+    nbformat.write(cells("1"), project.root / "book" / "01_aside.ipynb")
+    (project.root / "book" / "words.md").write_text("# Words\n")
+    assert book.chapters(project.root) == [project.name]
+    assert book.notebooks(project.root) == [project.name, Path("book/01_aside.ipynb")]
+
+
 def test_the_first_cell_carries_the_configured_address_or_another_one(project):
     start = "# The marker\nREPOSITORY, BRANCH = "
     configured = f"{start}'https://github.com/pytorch/pytorch', 'trunk'"

@@ -77,7 +77,7 @@ def test_the_training_loop_of_the_readme_runs_as_printed(capsys):
     assert namespace["scheduler"].get_last_lr() == [pytest.approx(0, abs=1e-9)]
 
 
-CHAPTERS = [page for page in book.pages() if re.match(r"\d\d_", page.name)]
+CHAPTERS = book.chapters()
 
 
 def test_the_readme_lists_every_chapter_in_the_order_of_the_book_by_its_own_title():

@@ -445,11 +445,19 @@ def test_reached_is_0_for_sgd_1_for_sam_and_more_beyond():
         trace={"sgd": 8.0, "full": 2.0, "late 0.5": 4.0},
     )
     way = partial(switching.reached, run, "sharpness_objective", log=True)
-    assert way("sgd", 0.5) == 0 and way("full", 0.5) == 1
-    assert way("late", 0.5) == pytest.approx(1.5)
-    assert way("early", 0.5) == pytest.approx(-0.5)
-    assert switching.reached(run, "trace", "late", 0.5, log=True) == pytest.approx(0.5)
-    assert switching.reached(run, "trace", "late", 0.5) == pytest.approx(4 / 6)
+    assert way("sgd", 0.5).quotient == 0 and way("full", 0.5).quotient == 1
+    assert way("late", 0.5) == pytest.approx((math.log(8), math.log(4)))
+    assert way("late", 0.5).quotient == pytest.approx(1.5)
+    assert way("early", 0.5).quotient == pytest.approx(-0.5)
+    assert switching.reached(run, "trace", "late", 0.5, log=True).quotient == pytest.approx(0.5)
+    assert switching.reached(run, "trace", "late", 0.5) == (4, 6)
+
+
+def test_a_share_of_a_way_that_is_not_there_does_not_apply():
+    ends = [{**SHARPNESS, "full": full} for full in (10.0, 20.0, 18.0)]
+    runs = [run_of(seed=seed, sharpness_objective=each) for seed, each in enumerate(ends)]
+    verdict = late_phase.late_sam_is_as_flat.judge(result_of(CONFIG, *runs))
+    assert verdict.explained == "does not apply (undefined: SAM was no flatter than SGD here)"
 
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are():

@@ -625,3 +625,17 @@ def test_the_command_line_needs_torch_and_numpy_alone():
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_scipy_an_experiment_runs_and_says_what_verdicts_need(
+    package, tmp_path, capsys, monkeypatch
+):
+    package("toy_bare")
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert main(["run", "toy_bare", "--out", str(tmp_path), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "no verdicts: 'scipy.stats' is needed here" in printed and "[book]" in printed
+    path = tmp_path / "toy_bare.laptop.json"
+    assert f"written to {path}" in printed and path.is_file()
+    assert main(["show", str(path)]) == 2
+    assert "'scipy.stats' is needed here" in capsys.readouterr().err

@@ -99,6 +99,17 @@ def pages(root: Path = ROOT) -> list[Path]:
     return found
 
 
+def chapters(root: Path = ROOT) -> list[Path]:
+    """The numbered pages listed under ``chapters``: ``sections`` of a chapter are side pages."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    listed = [
+        chapter for part in [toc, *toc.get("parts", [])] for chapter in part.get("chapters", [])
+    ]
+    names = {Path(chapter["file"]) for chapter in listed}
+    found = [page for page in pages(root) if page.with_suffix("") in names]
+    return [page for page in found if re.match(r"\d\d_", page.name)]
+
+
 def notebooks(root: Path = ROOT) -> list[Path]:
     return [page for page in pages(root) if page.suffix == ".ipynb"]
 

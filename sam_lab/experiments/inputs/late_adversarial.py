@@ -25,6 +25,7 @@ from sam_lab.experiments.inputs.robustness import GRADIENT_ATTACKS, input_gradie
 from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns
+from sam_lab.experiments.lab.statistics import Ratio
 from sam_lab.experiments.late.switching import (
     SCHEDULES,
     branches,
@@ -156,6 +157,7 @@ ZHOU = Source("Zhou et al. 2025, carried over to adversarial training", "after")
 
 LATE = 0.9  # the share of the epochs that the claims about late training leave to SGD
 ROBUST = "autoattack_error"  # under AutoAttack's two gradient attacks
+NO_MORE_ROBUST = "adversarial training throughout was no more robust than SGD here"
 
 
 def _points(run: Run, name: str, one: tuple[Any, ...], other: tuple[Any, ...]) -> float:
@@ -163,15 +165,15 @@ def _points(run: Run, name: str, one: tuple[Any, ...], other: tuple[Any, ...]) -
     return 100 * (ends(run, name, *one) - ends(run, name, *other))
 
 
-@claim(ZHOU, low=0.8, headline=True)
-def late_is_robust(runs: SeedRuns) -> float:
+@claim(ZHOU, low=0.8, headline=True, undefined=NO_MORE_ROBUST)
+def late_is_robust(runs: SeedRuns) -> Ratio:
     """Adversarial training in the last tenth of the epochs becomes about as robust as throughout:
     share of the way from SGD's robust error"""
     return reached(runs.base(), ROBUST, "late", LATE)
 
 
-@claim(OURS, low=0.8)
-def late_half_is_robust(runs: SeedRuns) -> float:
+@claim(OURS, low=0.8, undefined=NO_MORE_ROBUST)
+def late_half_is_robust(runs: SeedRuns) -> Ratio:
     """Adversarial training in the second half of the epochs becomes about as robust as throughout:
     share of the way from SGD's robust error"""
     return reached(runs.base(), ROBUST, "late", 0.5)
@@ -184,8 +186,8 @@ def late_is_natural(runs: SeedRuns) -> float:
     return _points(runs.base(), "natural_error", ("late", LATE), ("full",))
 
 
-@claim(ZHOU, high=0.2)
-def early_is_forgotten(runs: SeedRuns) -> float:
+@claim(ZHOU, high=0.2, undefined=NO_MORE_ROBUST)
+def early_is_forgotten(runs: SeedRuns) -> Ratio:
     """After adversarial training for the first nine tenths, SGD ends about as vulnerable as SGD
     throughout: share of the way that is left"""
     return reached(runs.base(), ROBUST, "early", LATE)
@@ -209,7 +211,7 @@ def schedule_decides(runs: SeedRuns) -> float:
     """The schedule decides what adversarial training in the last tenth can do: share of the way at
     a constant learning rate less that in steps"""
     constant, steps = (
-        reached(runs.one(schedule=schedule), ROBUST, "late", LATE)
+        reached(runs.one(schedule=schedule), ROBUST, "late", LATE).quotient
         for schedule in ("constant", "steps")
     )
     return constant - steps
