@@ -213,35 +213,35 @@ def length_needed(runs: SeedRuns) -> float:
 CHAPTER = Source("the question of chapter 3", "ours")
 
 
-@claim(CHAPTER, high=0.1)
+@claim(CHAPTER, high=0.1, domain="positive")
 def dropped_is_small_at_the_start(runs: SeedRuns) -> float:
     """Before training, the term that SAM drops from the gradient of its objective is at most a
     tenth as long as the term it keeps: ratio of norms on SAM's batches, median over batches"""
     return float(along(runs, "sam")["ratio"][0])
 
 
-@claim(CHAPTER, low=0.1, headline=True)
+@claim(CHAPTER, low=0.1, headline=True, domain="positive")
 def dropped_is_no_detail(runs: SeedRuns) -> float:
     """At the end of training with SAM, the term that SAM drops is at least a tenth as long as the
     term it keeps: ratio of norms on SAM's batches, median over batches"""
     return last_ratio(runs)
 
 
-@claim(CHAPTER, low=1.0)
+@claim(CHAPTER, low=1.0, domain="positive")
 def dropped_exceeds_kept(runs: SeedRuns) -> float:
     """At the end of training with SAM, the term that SAM drops is longer than the term it keeps:
     ratio of norms on SAM's batches, median over batches"""
     return last_ratio(runs)
 
 
-@claim(CHAPTER, low=1.0)
+@claim(CHAPTER, low=1.0, domain="positive")
 def dropped_is_larger_for_sgd(runs: SeedRuns) -> float:
     """At the end of training, the term that SAM would drop is a larger share of what it would keep
     at SGD's weights than at SAM's: quotient of the two ratios of norms"""
     return last_ratio(runs, "sgd") / last_ratio(runs)
 
 
-@claim(CHAPTER, low=1.0)
+@claim(CHAPTER, low=1.0, domain="positive")
 def dropped_is_larger_for_more_data(runs: SeedRuns) -> float:
     """At the end of training with SAM, the dropped term is a larger share of the kept one for the
     loss on many images than for the batches that SAM perturbs for: quotient of the two ratios"""
@@ -254,6 +254,7 @@ def dropped_is_larger_for_more_data(runs: SeedRuns) -> float:
     unit="times",
     set_after=True,
     headline=True,
+    domain="positive",
 )
 def noise_must_be_long(runs: SeedRuns) -> float:
     """To end as flat as SAM, training with random perturbations needs them more than twenty times
