@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sam_lab import data
 from sam_lab.curvature import Hessian
 from sam_lab.experiments.edge.edge_of_stability import loss_and_gradient
-from sam_lab.experiments.lab.claims import Source, claim
+from sam_lab.experiments.lab.claims import NotApplicable, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment, Studies, Study
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.sam import methods
@@ -61,8 +61,8 @@ class Config(methods.Task):
     """
 
     checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 40)
-    batches: int = 20
-    lengths: tuple[float, ...] = (10.0, 20.0, 35.0, 50.0, 70.0)
+    batches: int = 10
+    lengths: tuple[float, ...] = (20.0, 35.0, 50.0, 70.0)
 
 
 PRESETS = {
@@ -194,8 +194,10 @@ def length_needed(runs: SeedRuns) -> float:
     """How many times as long as SAM's a random perturbation must be to end as flat as SAM.
 
     Between the lengths tried by a straight line in the logarithms of length and sharpness; the
-    longest of them where even that ends sharper, which makes it a lower bound, and the shortest
-    where that is flat enough, which makes it an upper bound.
+    longest of them where even that ends sharper, which makes it a lower bound.
+
+    Raises:
+        NotApplicable: the shortest is long enough, so that nothing is known of shorter ones.
     """
     target = np.log(along(runs, "sam")["sharpness"][-1])
     tried = sorted(runs.all(study="noise"), key=lambda run: run.settings["rho"])
@@ -204,7 +206,7 @@ def length_needed(runs: SeedRuns) -> float:
     for i, end in enumerate(ends):
         if end <= target:
             if i == 0:
-                return float(np.exp(at[0]))
+                raise NotApplicable("the shortest perturbation tried ends as flat as SAM")
             share = (ends[i - 1] - target) / (ends[i - 1] - end)
             return float(np.exp(at[i - 1] + share * (at[i] - at[i - 1])))
     return float(np.exp(at[-1]))
