@@ -62,7 +62,7 @@ class Config(methods.Task):
 
     checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 40)
     batches: int = 10
-    lengths: tuple[float, ...] = (20.0, 35.0, 50.0, 70.0)
+    lengths: tuple[float, ...] = (20.0, 40.0, 80.0)
 
 
 PRESETS = {
