@@ -60,9 +60,9 @@ class Config(methods.Task):
         lengths: of the random perturbations, in units of `rho`, ascending.
     """
 
-    checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 40)
+    checkpoints: tuple[int, ...] = (0, 1, 5, 20, 40)
     batches: int = 10
-    lengths: tuple[float, ...] = (20.0, 40.0, 80.0)
+    lengths: tuple[float, ...] = (20.0, 60.0)
 
 
 PRESETS = {
