@@ -128,12 +128,12 @@ CONFIG = {"rho": 0.1}
 
 
 def path(method, ratio, many, sharpness, seed=0):
-    columns = {"ratio": ratio, "many_ratio": many, "sharpness": sharpness}
+    columns = {"ratio": ratio, "many_ratio": many, "sharpness": sharpness, "loss": [0.9, 0.2]}
     return run_of({"study": "dropped", "method": method}, seed, **columns)
 
 
 def noise(times, sharpness):
-    return run_of({"study": "noise", "rho": times * 0.1}, sharpness=sharpness)
+    return run_of({"study": "noise", "rho": times * 0.1}, sharpness=sharpness, loss=0.3)
 
 
 MADE = seed_runs(
@@ -150,6 +150,8 @@ EXPECTED = {
     "dropped-is-larger-for-sgd": 1.5,
     "dropped-is-larger-for-more-data": 1.5,
     "noise-must-be-long": 40,  # halfway in both logarithms
+    "longest-noise-is-sharper": 0.5,
+    "longest-noise-costs-loss": 1.5,
 }
 
 

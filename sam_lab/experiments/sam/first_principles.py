@@ -213,6 +213,7 @@ def length_needed(runs: SeedRuns) -> float:
 
 
 CHAPTER = Source("the question of chapter 3", "ours")
+CONTROL = Source("the control of chapter 3", "control")
 
 
 @claim(CHAPTER, high=0.1, domain="positive")
@@ -250,18 +251,28 @@ def dropped_is_larger_for_more_data(runs: SeedRuns) -> float:
     return float(along(runs, "sam")["many_ratio"][-1]) / last_ratio(runs)
 
 
-@claim(
-    Source("the control of chapter 3", "control"),
-    low=20.0,
-    unit="times",
-    set_after=True,
-    headline=True,
-    domain="positive",
-)
+@claim(CONTROL, low=20.0, unit="times", set_after=True, domain="positive")
 def noise_must_be_long(runs: SeedRuns) -> float:
     """To end as flat as SAM, training with random perturbations needs them more than twenty times
-    as long as SAM's: least sufficient length over SAM's radius"""
+    as long as SAM's: least sufficient length over SAM's radius, or the longest tried where even
+    that ends sharper"""
     return length_needed(runs)
+
+
+@claim(CONTROL, low=1.0, set_after=True, headline=True, domain="positive")
+def longest_noise_is_sharper(runs: SeedRuns) -> float:
+    """Training with the longest random perturbations tried, sixty times as long as SAM's, still
+    ends sharper than SAM: ratio of final sharpness"""
+    longest = max(runs.all(study="noise"), key=lambda run: run.settings["rho"])
+    return longest.value("sharpness") / float(along(runs, "sam")["sharpness"][-1])
+
+
+@claim(CONTROL, low=1.0, set_after=True, domain="positive")
+def longest_noise_costs_loss(runs: SeedRuns) -> float:
+    """Training with the longest random perturbations tried, sixty times as long as SAM's, ends with
+    a larger training loss than SAM: ratio of final training losses"""
+    longest = max(runs.all(study="noise"), key=lambda run: run.settings["rho"])
+    return longest.value("loss") / float(along(runs, "sam")["loss"][-1])
 
 
 CLAIMS = [
@@ -271,6 +282,8 @@ CLAIMS = [
     dropped_is_larger_for_sgd,
     dropped_is_larger_for_more_data,
     noise_must_be_long,
+    longest_noise_is_sharper,
+    longest_noise_costs_loss,
 ]
 
 EXPERIMENT = Experiment(
