@@ -556,7 +556,7 @@ def _panel(frame: Frame, readings: Mapping[str, str]) -> str:
     )
     width, height = frame.size
     return f"""\
-<div style="flex:0 1 {width}px">
+<div style="flex:1 1 {round(0.85 * width)}px;max-width:{width}px">
 <img src="{frame.src}" alt="{html.escape(frame.alt)}" width="{width}" height="{height}" \
 style="display:block;max-width:100%;height:auto;border-radius:4px">
 <dl style="display:flex;justify-content:space-around;margin:.4em 0;text-align:center;\

@@ -176,7 +176,7 @@ class Claim:
 
         Args:
             suffix: of its id.
-            begins: how its statement begins, such as ``With batch norm, ``.
+            begins: how its statement begins, up to the space before the rest.
         """
         first, second = self.statement[0], self.statement[1:2]
         # "After" goes on in small letters, "SAM" does not.
