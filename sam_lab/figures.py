@@ -9,7 +9,7 @@ light and in a dark page. Lines and labels do not rely on colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -283,12 +283,57 @@ def sharpness_and_edges(
     trajectory(ax, x[0], [run["sharpness"] for run in runs], label, color)
     gd = np.array([run["gd_edge"] for run in runs]) if gd_edge else np.inf
     if (sam < gd).any():
-        moving = COLORS["vermillion"]
-        edge_line(ax, np.median(sam, axis=0), "SAM edge", x[0], moving, below=True)
+        # its name belongs in the legend: it lies on the sharpness, where a label would cover both
+        style: dict[str, Any] = {"linestyle": (0, (5, 3)), "linewidth": 1.3}
+        ax.plot(x[0], np.median(sam, axis=0), color=COLORS["vermillion"], label="SAM edge", **style)
     if gd_edge:
         edge_line(ax, np.median(gd, axis=0), "2/η", x[0])
     ax.set(xlabel="step", ylabel="sharpness λ₁")
     return log_scale(ax, "y")
+
+
+def sharpness_and_valley(axes: Sequence[Axes], run: Mapping[str, np.ndarray]) -> list[Any]:
+    """A run and the valley it bounces in, as a panel of `widgets.film` wants it.
+
+    Above the sharpness and both edges, below the loss along one direction and the weights in it;
+    dashed, the valley as it was at the start.
+
+    Args:
+        axes: two axes, the upper one first.
+        run: what `sam_on_quadratics.filmed` returns.
+
+    Returns:
+        What moves: each has one vertex or member a measurement.
+
+    Raises:
+        ValueError: when the axes are not two.
+    """
+    if len(axes) != 2:
+        raise ValueError(f"two axes are needed, got {len(axes)}")
+    collections = require("matplotlib.collections", extra="book")
+    above, below = axes
+    blue, orange = COLORS["blue"], COLORS["vermillion"]
+    step, along = run["step"], run["along"]
+    head: dict[str, Any] = {"marker": "o", "markevery": [-1]}
+    edge_line(above, run["gd_edge"][0], "2/η")
+    # the edge is the thinner one and on top: where they meet, both are seen
+    (sharpness,) = above.plot(step, run["sharpness"], color=blue, lw=4.5, ms=11, **head)
+    (edge,) = above.plot(step, run["sam_edge"], color=orange, lw=1.6, ms=6, **head)
+    for line in (sharpness, edge):
+        line.set(clip_on=False, zorder=3, solid_capstyle="butt")
+    points: dict[str, Any] = {"textcoords": "offset points"}
+    start = (step[0], run["sharpness"][0])
+    above.annotate("sharpness", start, xytext=(9, 8), va="bottom", color=blue, **points)
+    start = (step[0], run["sam_edge"][0])  # beside where it rises
+    above.annotate("SAM's edge", start, xytext=(28, 0), va="center", color=orange, **points)
+    below.plot(along, run["valley"][0], color=INK, linestyle=(0, (5, 3)), linewidth=1.0, alpha=0.7)
+    lines = [np.column_stack([along, valley]) for valley in run["valley"]]
+    valleys = collections.LineCollection(lines, colors=blue, linewidths=2.2, capstyle="round")
+    below.add_collection(valleys)
+    weights = below.scatter(run["position"], run["loss"], s=80, color=orange, zorder=4, linewidth=0)
+    for ax in axes:
+        ax.grid(False)
+    return [sharpness, edge, valleys, weights]
 
 
 def log_scale(ax: Axes, *names: str) -> Axes:

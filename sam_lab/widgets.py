@@ -5,6 +5,10 @@ HTML is complete by itself: a picture, a labelled range input for each slider (a
 mouse), the other frames as data and a short script; it asks for nothing from anywhere. In a kernel
 with ipywidgets, 7 or 8, a widget stands beside it, which can draw a finer grid of values live.
 Where scripts are taken out, the first picture remains.
+
+:func:`film` shows something that happens: vector drawings whose lines grow, with a button that
+plays them and a slider for the moment. It needs no kernel either; where scripts are taken out, the
+last moment remains, as a picture.
 """
 
 from __future__ import annotations
@@ -15,12 +19,16 @@ import html
 import importlib
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
 from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
 
 from sam_lab._optional import require
 
@@ -60,6 +68,81 @@ document.querySelectorAll('figure[id^="ID"]').forEach((figure, n) => {
   });
   find(".sam-slider__controls").hidden = false;
   show();
+});
+"""
+
+# The drawings hold all that moves: a line has a vertex a moment, of which those so far are shown; a
+# collection has a member a moment, of which the present one is shown, and the last few faintly.
+_FILM_SCRIPT = """
+document.querySelectorAll('figure[id^="ID"]').forEach((figure, n) => {
+  if (figure.dataset.ready) return;
+  figure.dataset.ready = "yes";
+  if (n > 0) figure.id += "-" + n;
+  const find = (selector) => figure.querySelector(selector);
+  const {axis, drawings, readings, spoken, period, autoplay} =
+    JSON.parse(find('script[type="application/json"]').textContent);
+  figure.querySelectorAll("img").forEach((image, k) => {
+    image.insertAdjacentHTML("afterend", drawings[k].replaceAll("FILM", figure.id));
+    const svg = image.nextElementSibling;
+    svg.setAttribute("aria-label", image.alt);
+    svg.style.cssText = image.style.cssText;
+    image.remove();
+  });
+  const lines = [...figure.querySelectorAll('[id*="-line-"]')].map((group) => {
+    const path = group.querySelector(":scope > path");
+    const points = path.getAttribute("d").match(/[-.\\d]+ [-.\\d]+/g);
+    return {path, points, head: group.querySelector("use")};
+  });
+  const stacks = [...figure.querySelectorAll('[id*="-stack-"]')].map((group) =>
+    [...group.querySelectorAll("path, use")].filter((member) => !member.closest("defs")));
+  const [input, output, button] = ["input", "output", "button"].map(find);
+  const values = [...figure.querySelectorAll("dd")];
+  const last = axis.texts.length - 1;
+  let timer = null;
+  const show = () => {
+    const now = input.valueAsNumber;
+    for (const {path, points, head} of lines) {
+      path.setAttribute("d", "M" + points.slice(0, now + 1).join("L"));
+      if (head) ["x", "y"].forEach((name, k) => head.setAttribute(name, points[now].split(" ")[k]));
+    }
+    for (const members of stacks)
+      members.forEach((member, k) => {
+        const opacity = k > now ? 0 : k === now ? 1 : 0.45 ** (now - k);
+        member.style.display = opacity > 0.03 ? "" : "none";
+        member.style.opacity = opacity;
+      });
+    values.forEach((value, k) => { value.textContent = readings[k][now]; });
+    output.value = axis.texts[now];
+    input.setAttribute("aria-valuetext", spoken[now]);
+  };
+  const pause = () => {
+    clearInterval(timer);
+    timer = null;
+    button.textContent = "\\u25b6 Play";
+  };
+  const play = () => {
+    if (input.valueAsNumber === last) input.value = 0;
+    button.textContent = "\\u275a\\u275a Pause";
+    show();
+    timer = setInterval(() => {
+      input.stepUp();
+      show();
+      if (input.valueAsNumber === last) pause();
+    }, period);
+  };
+  button.addEventListener("click", () => (timer ? pause() : play()));
+  input.addEventListener("input", () => { pause(); show(); });
+  find("label").htmlFor = output.htmlFor = input.id = figure.id + "-input";
+  find(".sam-slider__controls").hidden = false;
+  input.value = axis.start;
+  pause();
+  show();
+  if (autoplay && matchMedia("(prefers-reduced-motion: no-preference)").matches)
+    new IntersectionObserver((seen, observer) => {
+      if (!seen.some((entry) => entry.isIntersecting)) return;
+      observer.disconnect();
+      if (!timer) play();
+    }, {threshold: 0.6}).observe(figure);
 });
 """
 
@@ -318,6 +401,233 @@ def sliders(
     if len(sizes) > 1:
         raise ValueError(f"draw must give figures of one size, got {sorted(sizes)} (CSS pixels)")
     return made
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing of a film; panels stand side by side, or below each other on a telephone.
+
+    Attributes:
+        figure: a matplotlib figure as it is at the end.
+        moving: what happens in it. A line (``Line2D``) has one vertex a moment and grows; of its
+            markers only the one on its last vertex may be drawn (``markevery=[-1]``), and goes
+            along. A collection has one member a moment (``scatter``, ``LineCollection``) and shows
+            the present one.
+        alt: what a reader who does not see the drawing should know.
+        readings: numbers under the drawing, by their names: one a moment.
+        name: said before the readings to a reader who does not see which drawing they belong to.
+    """
+
+    figure: Any
+    moving: Sequence[Any]
+    alt: str
+    readings: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    name: str = ""
+
+
+class Film:
+    """Drawings that play; displaying it shows them. Made by :func:`film`."""
+
+    def __init__(self, html: str, description: str) -> None:
+        self.html, self._description = html, description
+
+    def __repr__(self) -> str:
+        return f"[film: {self._description}]"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return {"text/plain": repr(self), "text/html": self.html}
+
+
+def film(
+    panels: Sequence[Panel],
+    moments: Sequence[Any],
+    *,
+    label: str,
+    unit: str = "",
+    caption: str | None = None,
+    format: str = "{:g}",
+    seconds: float = 10.0,
+    autoplay: bool = False,
+) -> Film:
+    """Drawings in which something happens, with a button that plays it and a slider for the moment.
+
+    Needs no kernel and no network. It opens at the first moment. The figures are closed.  ::
+
+        figure, ax = plt.subplots()
+        (line,) = ax.plot(steps, losses)
+        film([Panel(figure, [line], alt="The loss falls.")], steps, label="step")
+
+    Args:
+        panels: the drawings.
+        moments: what the slider stops at, in order; numbers or text.
+        label: what passes, such as ``"step"``.
+        unit: unit of the moments, shown after them.
+        caption: text under the film.
+        format: how a moment is written, ``"{:g}"`` or such.
+        seconds: from the first moment to the last, played.
+        autoplay: play once by itself when it comes into sight, unless the reader has asked for
+            reduced motion.
+
+    Returns:
+        An object that displays itself.
+
+    Raises:
+        ValueError: no panel, fewer than two moments or moments that repeat, an empty label or alt
+            text, ``seconds`` not above 0, or what moves does not have one vertex, member or reading
+            a moment.
+        ImportError: matplotlib is not installed.
+    """
+    require("matplotlib", extra="book")
+    axis = _axis(label, list(moments), unit, None, format, name="moments")
+    count = len(axis.texts)
+    if not panels or count < 2:
+        raise ValueError(
+            f"a film needs a panel and two moments or more, got {len(panels)} and {count}"
+        )
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds!r}")
+    written = [
+        {name: [f"{value:.2f}" for value in values] for name, values in panel.readings.items()}
+        for panel in panels
+    ]
+    for panel, said in zip(panels, written, strict=True):
+        if not panel.alt.strip():
+            raise ValueError("alt must describe the drawing, got an empty text")
+        for name, values in said.items():
+            if len(values) != count:
+                raise ValueError(
+                    f"readings must be one a moment ({count}), got {len(values)} of {name!r}"
+                )
+    drawings = [_drawing(panel, number, count) for number, panel in enumerate(panels)]
+    named = [(panel.name, said) for panel, said in zip(panels, written, strict=True)]
+    data = {
+        "axis": asdict(axis),
+        "drawings": [svg for svg, _ in drawings],
+        "readings": [values for said in written for values in said.values()],
+        "spoken": [
+            "; ".join([text, *filter(None, (_spoken(*each, k) for each in named))])
+            for k, text in enumerate(axis.texts)
+        ],
+        "period": round(1000 * seconds / (count - 1)),
+        "autoplay": autoplay,
+    }
+    stored = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    contents = f"{caption}\n{[(frame.alt, frame.src) for _, frame in drawings]}\n{stored}"
+    name = f"sam-film-{hashlib.sha256(contents.encode()).hexdigest()[:10]}"
+    shown = "\n".join(
+        _panel(frame, {key: values[-1] for key, values in said.items()})
+        for (_, frame), said in zip(drawings, written, strict=True)
+    )
+    text = f"<figcaption>{html.escape(caption)}</figcaption>\n" if caption else ""
+    return Film(
+        f"""\
+<figure class="sam-film" id="{name}" style="margin-inline:auto;accent-color:#df6500">
+<div style="display:flex;flex-wrap:wrap;gap:.6em 1em;justify-content:center">
+{shown}
+</div>
+<div class="sam-slider__controls" hidden style="margin:.7em 0">
+<div style="display:grid;grid-template-columns:6.5em auto minmax(4em,22em) auto;\
+gap:.3em .8em;align-items:center;justify-content:center;text-align:start;width:100%">
+<button type="button" style="font:inherit;padding:.4em;border:0;border-radius:6px;\
+background:#0a5699;color:#fff;cursor:pointer">Play</button>
+{_control(f"{name}-input", axis)}
+</div>
+</div>
+{text}<script type="application/json">{stored}</script>
+<script>{_FILM_SCRIPT.replace("ID", name)}</script>
+</figure>""",
+        f"{label}, from {axis.texts[0]} to {axis.texts[-1]}",
+    )
+
+
+def _spoken(name: str, readings: Mapping[str, Sequence[str]], moment: int) -> str:
+    """The readings of a panel as a screen reader says them."""
+    said = ", ".join(f"{key} {values[moment]}" for key, values in readings.items())
+    return f"{name}: {said}" if name and said else said
+
+
+def _panel(frame: Frame, readings: Mapping[str, str]) -> str:
+    """A drawing as it is at the end, with its readings there."""
+    said = "".join(
+        f'<div><dt style="font-weight:normal;font-size:.8em">{html.escape(name)}</dt>'
+        f'<dd style="margin:0;font-size:1.25em;font-variant-numeric:tabular-nums">{value}</dd>'
+        "</div>"
+        for name, value in readings.items()
+    )
+    width, height = frame.size
+    return f"""\
+<div style="flex:1 1 {round(0.85 * width)}px;max-width:{width}px">
+<img src="{frame.src}" alt="{html.escape(frame.alt)}" width="{width}" height="{height}" \
+style="display:block;max-width:100%;height:auto;border-radius:4px">
+<dl style="display:flex;justify-content:space-around;margin:.4em 0;text-align:center;\
+font-family:system-ui,sans-serif;line-height:1.35">{said}</dl>
+</div>"""
+
+
+def _drawing(panel: Panel, number: int, count: int) -> tuple[str, Frame]:
+    """A panel as SVG that can play, and as a picture of its last moment; its figure is closed."""
+    import matplotlib
+    from matplotlib.collections import Collection
+
+    for k, artist in enumerate(panel.moving):
+        kind = "stack" if isinstance(artist, Collection) else "line"
+        artist.set_gid(f"FILM-{number}-{kind}-{k}")
+    raw = io.StringIO()
+    # every vertex, and the same text for the same figure
+    settings: Any = {"path.simplify": False, "svg.hashsalt": "film", "svg.fonttype": "path"}
+    ground = panel.figure.get_facecolor()
+    with matplotlib.rc_context(settings):
+        panel.figure.savefig(raw, format="svg", facecolor=ground, metadata={"Date": None})
+    svg = _clean(raw.getvalue(), number)
+    for artist in panel.moving:
+        if (found := _moments(svg, artist.get_gid())) != count:
+            raise ValueError(
+                f"what moves must have a vertex or member a moment ({count}), got {found} in "
+                f"{artist}"
+            )
+        if isinstance(artist, Collection):  # the picture shows the last member alone
+            for color, paint in (
+                (artist.get_facecolor(), artist.set_facecolor),
+                (artist.get_edgecolor(), artist.set_edgecolor),
+            ):
+                if len(color):
+                    rgba: Any = np.resize(np.asarray(color), (count, 4))
+                    rgba[:-1, 3] = 0
+                    paint(rgba)
+    png, size = _render(lambda: panel.figure)
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close(panel.figure)
+    return svg, Frame(png, size, panel.alt.strip())
+
+
+def _clean(svg: str, number: int) -> str:
+    """matplotlib's SVG as part of a page: no style sheet, ids of its own, no more digits than show.
+
+    `FILM` stands for the id of the film.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
+    # what the style sheet said, which as part of a page would say it to the whole page
+    svg = svg.replace('role="img"', 'role="img" stroke-linejoin="round"', 1)
+    svg = re.sub(r'(\bid="|url\(#|href="#)(?!FILM)', rf"\g<1>FILM-{number}-", svg)
+    svg = re.sub(
+        r' (?:d|x|y)="[^"]*"',
+        lambda part: re.sub(r"\d+\.\d+", lambda n: f"{round(float(n[0]), 2):g}", part[0]),
+        svg,
+    )
+    return re.sub(r"\s+", " ", svg).replace("> <", "><").strip()
+
+
+def _moments(svg: str, gid: str) -> int:
+    """How many vertices the line ``gid`` has, or members the collection."""
+    (group,) = (each for each in ElementTree.fromstring(svg).iter() if each.get("id") == gid)
+    space = "{http://www.w3.org/2000/svg}"
+    if "-line-" in gid:
+        path = group.find(f"{space}path")
+        return 0 if path is None else len(re.findall("[ML]", path.get("d", "")))
+    kinds = (f"{space}path", f"{space}g/{space}use")
+    return sum(len(group.findall(kind)) for kind in kinds)
 
 
 def _axis(

@@ -25,6 +25,17 @@ QUIET = [  # a browser that asks nobody for anything on its own account
 ]
 
 
+# Fixtures that run a whole experiment, if a small one.
+RUNS = {"result", "runs", "ran"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that needs a run of an experiment is slow."""
+    for item in items:
+        if RUNS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """The system's Chromium, one for all tests: Playwright runs only once in a thread.

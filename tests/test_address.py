@@ -52,6 +52,7 @@ def test_all_places_of_this_checkout_follow_the_one():
     assert stale == [], "`make address URL=…` writes them"
 
 
+@pytest.mark.slow
 def test_setting_an_address_writes_it_everywhere(copy, capsys):
     assert address.main([URL], copy) == 0
     assert carriers(copy, "pytorch/pytorch") == CARRIERS
@@ -80,6 +81,7 @@ def test_without_an_address_none_is_named_and_the_front_pages_say_how_to_set_it(
     assert carriers(copy, address.UNSET.strip()) == {Path("README.md"), Path("book/index.ipynb")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("none", ["none", ""])
 def test_an_address_can_be_set_changed_and_unset_without_a_trace(copy, none, capsys):
     before = texts(copy)
@@ -91,6 +93,7 @@ def test_an_address_can_be_set_changed_and_unset_without_a_trace(copy, none, cap
     assert texts(copy) == before
 
 
+@pytest.mark.slow
 def test_what_carries_the_address_already_is_not_written_again(copy, capsys):
     address.main([URL], copy)
     capsys.readouterr()

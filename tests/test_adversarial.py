@@ -851,6 +851,7 @@ def four_digits():
     return model.eval(), found.x_test[test][:12], found.y_test[test][:12]
 
 
+@pytest.mark.slow
 def test_autoattack_is_not_weaker_than_pgd_and_stays_in_ball_and_box(four_digits):
     model, x, y = four_digits
     threat = Threat("linf", 0.15)
@@ -901,6 +902,7 @@ def test_autoattack_is_the_seeds_alone(four_digits):
     assert not torch.equal(attack(seed=1), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_autoattack_works_where_gradients_are_off(four_digits, mode):
     model, x, y = four_digits
@@ -910,6 +912,7 @@ def test_autoattack_works_where_gradients_are_off(four_digits, mode):
         assert robust_accuracy(model, x.clone(), y.clone(), attack) == shares
 
 
+@pytest.mark.slow
 def test_another_port_of_autoattack_finds_as_much(four_digits):
     torchattacks = pytest.importorskip("torchattacks")
     model, x, y = four_digits

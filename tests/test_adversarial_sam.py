@@ -166,7 +166,6 @@ EXPECTED = {
     "sam-flattens-the-adversarial-loss": 0.4,
     "awp-flattens-the-adversarial-loss": 0.2,
     "large-radius-costs-accuracy": 3.0,
-    "flat-in-weights-is-another-thing": 1.5,
     "flat-in-inputs": 0.25,
     "sam-alone-is-not-enough": 55.0,
 }

@@ -28,7 +28,7 @@ def made(rho, lr=0.5, seed=0, **columns):
     edge = np.full(11, 4.0) if rho == 0 else np.linspace(3.0, 1.0, 11)
     base = {
         "step": np.arange(0, 110, 10),
-        "loss": np.linspace(1.0, 0.1, 11),
+        "loss": np.geomspace(1.0, 0.1, 11),
         "sharpness": edge.copy(),
         "gd_edge": np.full(11, 2 / lr),
         "sam_edge": edge,
@@ -36,6 +36,10 @@ def made(rho, lr=0.5, seed=0, **columns):
         "sam_align": np.full(11, 0.6),
     }
     return run_of({"lr": lr, "rho": rho}, seed, **{**base, **columns})
+
+
+# At its edge, but for the start, and once above it.
+SAM_FROM_1 = np.array([1.5, 2.8, 2.6, 2.4, 2.2, 2.2, 1.8, 1.6, 1.4, 1.2, 1.0])
 
 
 def judged(make):
@@ -46,10 +50,10 @@ def judged(make):
 
 
 def as_the_paper_says(seed=0):
-    """Gradient descent arrives at step 60; SAM is at its edge, which falls, from the start."""
+    """Gradient descent arrives at step 60, SAM, whose edge falls, at step 10."""
     return [
         made(0.0, seed=seed, sharpness=np.where(np.arange(11) < 6, 1.0, 4.0)),
-        made(0.1, seed=seed),
+        made(0.1, seed=seed, sharpness=SAM_FROM_1),
     ]
 
 
@@ -62,11 +66,14 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
     expected = {
         "gd-hovers": 1,
         "sam-hovers": 1,
-        "sam-stays-near": 0,
+        "sam-stays-near": 0.05,
         "below-2/lr": 1.5 / 4,
-        "below-gd-at-equal-loss": 1 / 4,
+        "below-gd-at-equal-loss": np.exp(np.log([1.8, 1.6, 1.4, 1.2, 1.0]).mean()) / 4,
+        "flatter-without-loss": 1,
         "edge-falls": 1 / 2.8,
-        "sharpness-follows": 1,
+        "sharpness-follows": np.polyfit(
+            np.log(np.linspace(2.8, 1.0, 10)), np.log(SAM_FROM_1[1:]), 1
+        )[0],
         "sam-better-aligned": 1,
         "alignment-gain": 0.1,
         "sam-arrives-early": 10 / 60,
@@ -85,6 +92,18 @@ def test_a_fixed_quadratic_at_its_edge_is_told_from_a_network():
     assert verdicts["sharpness-follows"].verdict == "not reproduced"
     assert verdicts["below-gd-at-equal-loss"].verdict == "not reproduced"
     assert verdicts["edge-falls"].verdict == "not reproduced"
+
+
+def test_flatter_at_the_price_of_the_training_loss_does_not_count():
+    def share(loss, sharpness):
+        descent = made(0.0, loss=np.full(11, 0.1))
+        sam = made(0.1, loss=np.full(11, loss), sharpness=np.full(11, sharpness))
+        (claim,) = (one for one in at_the_edge.CLAIMS if one.id == "flatter-without-loss")
+        return claim(seed_runs({"lrs": [0.5]}, descent, sam))
+
+    assert share(0.109, 3.9) == 1
+    assert share(0.111, 3.9) == 0
+    assert share(0.109, 4.1) == 0
 
 
 def test_a_run_above_its_edge_does_not_hover():
@@ -108,11 +127,36 @@ def test_arrival_is_the_step_from_which_on_the_sharpness_is_at_the_edge():
     assert arrives(glance) == 10, "one measurement of ten below does not count"
 
 
-def test_equal_loss_is_the_smallest_that_both_have_reached():
-    slow = made(0.1, loss=np.linspace(1.0, 0.5, 11), sharpness=np.linspace(3.0, 1.0, 11))
-    fast = made(0.0, loss=np.linspace(1.0, 0.0, 11), sharpness=np.linspace(1.0, 6.0, 11))
-    assert at_the_edge.at_equal_loss(slow, fast) == pytest.approx(1.0 / 3.5)
-    assert at_the_edge.at_equal_loss(fast, slow) == pytest.approx(3.5)
+def test_equal_loss_is_the_larger_of_the_closing_losses_averaged_over_five_measurements():
+    slow = made(0.1, loss=0.5 ** np.arange(11), sharpness=2.0 ** np.arange(11))
+    fast = made(0.0, loss=0.25 ** np.arange(11), sharpness=3.0 ** np.arange(11))
+    # slow closes at 2**-8, its eighth measurement; fast is there at its fourth
+    assert at_the_edge.at_equal_loss(slow, fast) == pytest.approx(2.0**8 / 3.0**4)
+    assert at_the_edge.at_equal_loss(fast, slow) == pytest.approx(3.0**4 / 2.0**8)
+
+
+def test_one_measurement_that_swings_does_not_decide_the_comparison_at_equal_loss():
+    swinging = np.full(11, 2.0)
+    swinging[8] = 4.0
+    slow = made(0.1, loss=0.5 ** np.arange(11), sharpness=swinging)
+    fast = made(0.0, loss=0.25 ** np.arange(11), sharpness=np.full(11, 2.0))
+    assert at_the_edge.at_equal_loss(slow, fast) == pytest.approx(2 ** (1 / 5))
+
+
+def test_who_arrives_first_is_asked_only_where_both_start_below_their_edge():
+    def pair(lr, seed, start):
+        descent = np.where(np.arange(11) < 6, 1.0, 4.0)
+        descent[0] = start
+        return [made(0.0, lr, seed, sharpness=descent), made(0.1, lr, seed, sharpness=SAM_FROM_1)]
+
+    def verdict(*starts):
+        runs = [
+            run for seed in range(3) for i, at in enumerate(starts, 1) for run in pair(i, seed, at)
+        ]
+        return at_the_edge.sam_arrives_early.judge(result_of({"lrs": [1, 2]}, *runs))
+
+    assert verdict(9.0, 9.0).explained == "does not apply (every run starts at its edge or beyond)"
+    assert verdict(9.0, 1.0).measured == "0.166667 in every seed"
 
 
 def test_the_grid_holds_every_rate_with_every_radius():

@@ -45,6 +45,7 @@ def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_truth_is_that_of_dense_linear_algebra(problem) -> None:
     wide = problem.copy(torch.float64)
     H = Hessian(wide.closure, wide.params)
@@ -95,6 +96,7 @@ def test_counting_is_taken_off_again_after_an_error(module, problem, monkeypatch
     assert pyhessian.hessian_vector_product is original
 
 
+@pytest.mark.slow
 def test_quick_run_without_peers_reports_them_missing(no_peers, tmp_path, capsys) -> None:
     out = tmp_path / "results" / "bench.json"
     assert common.main({"curvature": bench.BENCHMARK}, ["--quick", "--out", str(out)]) == 0
@@ -239,6 +241,7 @@ def test_the_shipped_results_are_whole_and_their_commands_name_benchmarks(monkey
         assert known[name].table(result).count("missing") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
 def test_freed_memory_stays_with_the_process():
     """In a process of its own: the setting cannot be taken back."""

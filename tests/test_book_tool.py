@@ -77,6 +77,17 @@ def test_a_page_that_is_listed_but_not_there_is_named(project):
         book.pages(project.root)
 
 
+def test_sections_of_a_chapter_are_pages_and_no_chapters(project):
+    part = "parts:\n- caption: One\n  chapters:\n"
+    listed = TOC.replace("chapters:\n", part).replace("- file", "  - file")
+    sections = "    sections:\n    - file: book/01_aside\n  - file: book/words\n"
+    (project.root / "_toc.yml").write_text(listed + sections)
+    nbformat.write(cells("1"), project.root / "book" / "01_aside.ipynb")
+    (project.root / "book" / "words.md").write_text("# Words\n")
+    assert book.chapters(project.root) == [project.name]
+    assert book.notebooks(project.root) == [project.name, Path("book/01_aside.ipynb")]
+
+
 def test_the_first_cell_carries_the_configured_address_or_another_one(project):
     start = "# The marker\nREPOSITORY, BRANCH = "
     configured = f"{start}'https://github.com/pytorch/pytorch', 'trunk'"
@@ -131,12 +142,14 @@ def test_a_failing_cell_fails_the_command_and_is_named(project, capsys):
     assert not (project.root / "_build" / "html").exists()
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_is_a_failure_too(project, capsys):
     project.write("import os\nos._exit(3)")
     assert book.main(["build"], project.root) == 1
     assert "cell 3 (code cell 2) failed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_runs_twice_unless_something_changed(project, capsys):
     log = project.root / "runs.txt"
     code = f"open({str(log)!r}, 'a').write('x')"
@@ -163,6 +176,7 @@ def test_nothing_runs_twice_unless_something_changed(project, capsys):
     assert runs() == 5
 
 
+@pytest.mark.slow
 def test_new_prose_stands_around_old_outputs_without_a_run(project):
     project.write("import random\nprint(random.random())")
     book.execute_all(project.root)
@@ -175,6 +189,7 @@ def test_new_prose_stands_around_old_outputs_without_a_run(project):
     assert texts(project.executed()) == before
 
 
+@pytest.mark.slow
 def test_a_chapter_that_failed_runs_again(project):
     flag = project.root / "flag"
     project.write(f"import os\nassert os.path.exists({str(flag)!r})")
@@ -186,6 +201,7 @@ def test_a_chapter_that_failed_runs_again(project):
 # ── storing ───────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_stored_chapters_are_clean_and_storing_again_changes_nothing(project):
     project.write("import os, sys\nprint('gone', file=sys.stderr)\nprint(os.getcwd())", "'kept'")
     assert book.main(["store"], project.root) == 0
@@ -201,6 +217,7 @@ def test_stored_chapters_are_clean_and_storing_again_changes_nothing(project):
     assert project.chapter.stat().st_mtime_ns == modified
 
 
+@pytest.mark.slow
 def test_one_notebook_can_be_stored_and_an_unlisted_one_cannot(project, capsys):
     assert book.main(["store", str(project.name)], project.root) == 0
     assert texts(nbformat.read(project.chapter, as_version=4)) == ["2"]
@@ -208,6 +225,7 @@ def test_one_notebook_can_be_stored_and_an_unlisted_one_cannot(project, capsys):
     assert "book/09_other.ipynb: not a notebook" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failing_chapter_is_not_stored(project):
     project.write("1 / 0")
     before = project.chapter.read_bytes()
@@ -405,6 +423,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_proof_falls_with_anything_that_it_rests_on(change, project, compared):
     compared()
@@ -413,6 +432,7 @@ def test_a_proof_falls_with_anything_that_it_rests_on(change, project, compared)
     assert compared() == []
 
 
+@pytest.mark.slow
 def test_a_failure_is_no_proof_and_takes_an_older_one_away(project, compared, monkeypatch, capsys):
     compared()
     monkeypatch.setenv("CI", "true")

@@ -3,14 +3,17 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 import pytest
 from book_tool import ROOT, book
 
+from sam_lab.experiments import ledger_rows
+
 NOTEBOOKS = book.notebooks()
-CHAPTERS = [name for name in NOTEBOOKS if re.match(r"\d\d_", name.name)]
+CHAPTERS = book.chapters()  # what a chapter lists as its sections are side pages
 HEADINGS = [
     "Before you start",
     "Predict",
@@ -23,7 +26,11 @@ HEADINGS = [
     "Summary",
     "References",
 ]
-MOST_CODE_LINES = 160
+MOST_CODE_LINES = 120
+WORDS = (1500, 2500)
+HEADLINES = (5, 7)
+PREDICTIONS = (2, 3)
+PARTS = ("edge", "sam", "late", "inputs")  # folders of sam_lab/experiments, in the book's order
 # Marks of a moment or a machine that have no place in a stored output.
 PASSING = re.compile(
     r"/home/|/Users/|/root\b|/tmp/|[A-Z]:\\\\|\b0x[0-9a-f]{6,}\b"
@@ -45,6 +52,36 @@ def texts(output: nbformat.NotebookNode) -> list[str]:
         return [output.text]
     values = [v for m, v in output.get("data", {}).items() if m.startswith("text/")]
     return [re.sub(r"data:[\w/+;=-]+,[A-Za-z0-9+/=]+", "", value) for value in values]
+
+
+def read_through(notebook: nbformat.NotebookNode) -> str:
+    """The prose as a reader comes by it: text cells, and sentences that code cells compute."""
+    parts = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            parts += [data["text/markdown"]] if "text/markdown" in data else []
+    return "\n\n".join(parts)
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under the heading that begins with these words, without code blocks."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.split(rf"^## +{re.escape(heading)}.*$", text, flags=re.MULTILINE)[1].split("\n## ")[0]
+
+
+def shows_a_picture(data: dict) -> bool:
+    words = "\n".join(data.get(mime, "") for mime in ("text/html", "text/markdown"))
+    drawn = re.search(r"<figure|<svg|<img|!\[", words)
+    return bool(drawn) or any(mime.startswith("image/") for mime in data)
+
+
+def boxes(text: str, kind: str) -> list[tuple[dict[str, str], str]]:
+    """The predictions of a page, or where it settles them: attributes, and what is inside."""
+    found = re.findall(rf'<div class="{kind}"(.*?)>(.*?)</div>', text, flags=re.DOTALL)
+    return [(dict(re.findall(r'([\w-]+)="(.*?)"', tag)), inside) for tag, inside in found]
 
 
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS, ids=str)
@@ -154,10 +191,53 @@ def test_the_chapter_has_the_sections_of_every_chapter_in_their_order(name):
 
 
 @every_chapter
+def test_the_chapter_opens_with_a_question_and_a_picture(name):
+    """Title and question, the common first cell, the hero picture, and only then the rest."""
+    cells = load(name).cells
+    codes = [at for at, cell in enumerate(cells) if cell.cell_type == "code"]
+    sources = enumerate(cell.source for cell in cells)
+    start = next(at for at, source in sources if re.search(r"^## +Before", source, re.MULTILINE))
+    opening = "\n".join(cell.source for cell in cells[: codes[0]])
+    assert opening.startswith("# ") and "?" in opening
+    shown = [
+        o.get("data", {}) for cell in cells[codes[0] + 1 : start] for o in cell.get("outputs", [])
+    ]
+    assert any(shows_a_picture(data) for data in shown)
+    assert "$$" not in "\n".join(cell.source for cell in cells[:start]), "no formula before it"
+
+
+@every_chapter
+def test_every_prediction_is_settled_once_further_down_with_one_of_its_choices(name):
+    text = read_through(load(name))
+    predicted, settled = boxes(text, "prediction"), boxes(text, "settled")
+    ids = [box["id"] for box, _ in predicted]
+    assert PREDICTIONS[0] <= len(ids) <= PREDICTIONS[1]
+    assert len(set(ids)) == len(ids)
+    assert all(id.startswith(f"{name.name[:2]}-") for id in ids), ids
+    assert ids == [box["id"] for box, _ in boxes(section(text, "Predict"), "prediction")]
+    after = re.split(r"^## +Predict.*$", text, flags=re.MULTILINE)[1].split("\n## ", 1)[1]
+    answers = {box["data-prediction"]: box["data-answer"] for box, _ in boxes(after, "settled")}
+    assert sorted(answers) == sorted(ids) and len(settled) == len(ids)
+    for box, inside in predicted:
+        choices = re.findall(r"^(\d+)\. ", inside, flags=re.MULTILINE)
+        if "data-max" in box:
+            assert not choices
+            low, answer, high = box["data-min"], answers[box["id"]], box["data-max"]
+            assert float(low) <= float(answer) <= float(high), box["id"]
+        else:
+            assert len(choices) >= 2 and answers[box["id"]] in choices, box["id"]
+    for _, inside in predicted + settled:  # inside HTML, Markdown needs the blank lines
+        assert inside.startswith("\n\n") and inside.endswith("\n\n"), inside[:80]
+
+
+@every_chapter
 def test_the_chapter_is_neither_a_leaflet_nor_a_book(name):
-    notebook = load(name)
-    words = len(re.findall(r"[^\W\d_]{2,}", re.sub(r"\$[^$]*\$", " ", prose(notebook))))
-    assert 1500 <= words <= 3000, f"{words} words"
+    """Prose and exercises; not code, formulas, the list of references, and what cells compute."""
+    text = re.sub(r"```.*?```", " ", prose(load(name)), flags=re.DOTALL)
+    text = re.sub(r"\$[^$]*\$", " ", text.split("\n## References")[0])
+    text = re.sub(r"</?[a-z][^<>]*>|\]\([^)]*\)", " ", text)
+    words = len(re.findall(r"[^\W\d_]{2,}", text))
+    assert WORDS[0] <= words <= WORDS[1], f"{words} words"
 
 
 @every_chapter
@@ -170,7 +250,38 @@ def test_the_chapter_shows_no_more_code_than_a_reader_reads(name):
         for line in cell.source.splitlines()
         if line.strip() and not line.lstrip().startswith("#")
     ]
-    assert len(visible) <= MOST_CODE_LINES
+    assert len(visible) <= MOST_CODE_LINES, f"{len(visible)} lines"
+
+
+@every_chapter
+def test_the_claims_of_the_chapter_are_a_few_headlines_and_a_way_to_the_ledger(name):
+    notebook = load(name)
+    calls = [cell for cell in book.code_cells(notebook) if "experiments.headlines(" in cell.source]
+    assert calls
+    shown = section(read_through(notebook), "Claims")
+    lists = [o.data["text/markdown"] for cell in calls for o in cell.outputs if "data" in o]
+    assert all(text in shown for text in lists)
+    headlines = re.findall(r"^[-*] ", "\n".join(lists), flags=re.MULTILINE)
+    assert HEADLINES[0] <= len(headlines) <= HEADLINES[1], f"{len(headlines)} headlines"
+    assert "](ledger.ipynb" in shown
+
+
+@every_chapter
+def test_every_exercise_says_how_hard_it_is(name):
+    exercises = re.findall(
+        r"^(?:\*\*|#{3,} +)\d+.*$", section(prose(load(name)), "Exercises"), flags=re.MULTILINE
+    )
+    assert len(exercises) >= 3
+    assert [line for line in exercises if not re.search(r"(?<!★)★{1,3}(?!★)", line)] == []
+
+
+@every_chapter
+def test_the_summary_ends_with_one_sentence_in_bold(name):
+    last = section(read_through(load(name)), "Summary").strip().split("\n\n")[-1].strip()
+    assert re.fullmatch(r"\*\*(?:(?!\*\*).)+\*\*", last, flags=re.DOTALL), last[-200:]
+    sentence = last.strip("*").strip()
+    assert re.search(r"[.!?]$", sentence), sentence
+    assert not re.search(r"[.!?]\s+[A-Z]", sentence), f"more than one sentence: {sentence}"
 
 
 @every_chapter
@@ -186,3 +297,23 @@ def test_the_chapter_has_an_interactive_figure_that_needs_no_kernel(name):
     outputs = [o for cell in book.code_cells(load(name)) for o in cell.outputs]
     pages = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
     assert any("sam-slider" in page for page in pages)
+
+
+def test_the_ledger_shows_every_claim_once_under_the_part_of_the_book_it_belongs_to():
+    cells = load(Path("book/ledger.ipynb")).cells
+    captions = [part["caption"] for part in book.toc()["parts"]][: len(PARTS)]
+    found = {}
+    for title, shown in pairwise(cells):
+        if title.source.removeprefix("## ") in captions:
+            tables = "\n".join(output.data["text/markdown"] for output in shown.outputs)
+            rows = [line.split(" | ") for line in tables.splitlines() if line.startswith("| ")]
+            statements = [row[0].strip("| *") for row in rows]
+            found[title.source[3:]] = [s for s in statements if s not in {"Statement", "---"}]
+    assert list(found) == captions
+    everything = ledger_rows(ROOT / "book" / "results")
+    assert {row.part for row in everything} == set(PARTS)
+    for part, shown in zip(PARTS, found.values(), strict=True):
+        expected = [row.statement for row in everything if row.part == part]
+        assert len(shown) == len(expected)
+        # In a table the bars of a formula are spelt otherwise.
+        assert {s for s in expected if not re.search(r"[$|]", s)} <= set(shown)

@@ -272,6 +272,7 @@ def test_bad_vectors(vector, error, message):
 # ---------------------------------------------------------------------- top eigenpairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "steps"), [((5, 8, 3), 0), ((10, 20, 10), 300), ((20, 30, 25, 5), 200)]
 )
@@ -358,6 +359,7 @@ def test_too_small_a_budget_is_said_aloud():
         assert H.top(3, tol=1e-6, max_hvps=9, start=pairs.block).hvps <= 9
 
 
+@pytest.mark.slow
 def test_a_warm_start_at_the_solution_costs_its_vectors_only():
     model, closure = digits_network()
     H = Hessian(closure, model.parameters())
@@ -441,6 +443,7 @@ def test_a_trace_that_stays_uncertain_is_said_aloud():
     assert not estimate.converged and estimate.hvps == H.hvps == 18
 
 
+@pytest.mark.slow
 def test_the_density_integrates_to_one_and_counts_eigenvalues_where_they_are():
     model, x, y = problem((6, 12, 4), 60)
 

@@ -45,6 +45,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", OFFLINE)
 class TestEveryOfflineDataSet:
+    @pytest.mark.slow
     def test_shapes_types_and_labels(self, name) -> None:
         d = data.load(name, train=43, test=27)
         assert (d.name, d.classes) == (name, 10) and d.source
@@ -320,6 +321,7 @@ class TestDownloads:
         monkeypatch.delenv("XDG_CACHE_HOME")
         assert data.root() == Path.home() / ".cache" / "sam_lab"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "total", "shape", "mean"),
         [("mnist", 60_000, (1, 28, 28), 0.1307), ("cifar10", 50_000, (3, 32, 32), 0.4734)],
@@ -336,6 +338,7 @@ class TestDownloads:
         assert counts(part.y_test).tolist() == [50] * 10
         assert not torch.equal(part.y, d.y[:1005])
 
+    @pytest.mark.slow
     def test_images_and_labels_stay_together(self, real_data) -> None:
         """Each CIFAR-10 image of a subset is found, with its label, in torchvision's own order."""
         part = data.load("cifar10", train=50, test=10)

@@ -77,7 +77,7 @@ def test_the_training_loop_of_the_readme_runs_as_printed(capsys):
     assert namespace["scheduler"].get_last_lr() == [pytest.approx(0, abs=1e-9)]
 
 
-CHAPTERS = [page for page in book.pages() if re.match(r"\d\d_", page.name)]
+CHAPTERS = book.chapters()
 
 
 def test_the_readme_lists_every_chapter_in_the_order_of_the_book_by_its_own_title():
@@ -131,6 +131,7 @@ def test_make_help_lists_every_target():
 CLOSING = (ROOT / "book" / "closing.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_closing_page_says_of_each_claim_what_the_stored_runs_say():
     """Below each of its paragraphs, in a comment, stand the verdicts that it puts into words."""
     comments = re.findall(r"<!-- held by tests/test_documents\.py\n(.*?)\n-->", CLOSING, re.DOTALL)

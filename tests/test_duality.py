@@ -259,6 +259,7 @@ def test_where_the_gradient_vanishes_the_boundary_is_infinitely_far():
     assert margins.tolist() == [0.5, 0.5] and distances.tolist() == [math.inf] * 2
 
 
+@pytest.mark.slow
 def test_columns_are_what_the_network_trained_alone_gives(ran):
     columns = columns_of(ran, SAM)
     dataset, model, (x, y) = alone(SAM)
@@ -428,7 +429,7 @@ def test_a_small_grid_gives_every_claim_a_number(ran):
         *(run_of(run.setting, 10, **run.columns) for run in ran),
     )
     (runs,) = result.by_seed()
-    assert np.isfinite([claim(runs) for claim in duality.CLAIMS]).all()
+    assert all(np.isfinite(claim(runs)).all() for claim in duality.CLAIMS)
     rhos, values = against_rho(result, "autoattack_error", 0.05)
     assert rhos.tolist() == [0, 0.05, 0.1] and values.shape == (1, 3)
 
@@ -487,7 +488,6 @@ EXPECTED = {
     "boundary-is-farther": 1.5,
     "weights-are-not-shorter": 1.1,
     "decay-does-less": -3.0,
-    "decay-is-not-flatter": 3.0,
     "blind-does-less": 8.0,
     "nobody-stands-a-large-eps": 99.5,
     "gradients-are-not-hidden": -1.0,

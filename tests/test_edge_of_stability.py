@@ -58,11 +58,39 @@ def test_small_substeps_follow_gradient_flow(quadratic):
     assert torch.allclose(quadratic[1][0].detach(), flow, atol=2e-3)
 
 
-def test_blocked_directions_do_not_move(quadratic):
-    eos.descend(*quadratic, lr=0.6, steps=5, blocked=1, tol=1e-10)
+@pytest.mark.parametrize(("forbidden", "still"), [(slice(0, 1), 0), (slice(1, 2), 1)])
+def test_forbidden_directions_do_not_move(quadratic, forbidden, still):
+    eos.descend(*quadratic, 0.6, 5, k=2, forbidden=lambda v: v[:, forbidden], tol=1e-10)
     w = quadratic[1][0].detach()
-    assert w[0] == pytest.approx(START[0])
-    assert w[1] == pytest.approx(START[1] * 0.4**5)
+    expected = torch.tensor(START) * (1 - 0.6 * CURVATURES) ** 5
+    expected[still] = START[still]
+    assert torch.allclose(w, expected, atol=1e-6)
+
+
+def test_the_share_of_the_oscillation_along_the_top_eigenvector(quadratic):
+    run = eos.descend(*quadratic, lr=0.6, steps=8, every=2, tol=1e-10)
+    # the gradient's change in a step is -lr H g, here lr * curvature^2 * w along each axis
+    steps = np.arange(0, 8, 2)[:, None]
+    change = CURVATURES.numpy() ** 2 * (1 - 0.6 * CURVATURES.numpy()) ** steps * np.array(START)
+    expected = change[:, 0] ** 2 / (change**2).sum(1)
+    assert np.allclose(run["share"][:-1], expected)
+    assert math.isnan(run["share"][-1])
+
+
+def test_the_census_splits_one_step_among_many_directions(quadratic):
+    lr = 0.6
+    columns = eos.census(*quadratic, lr, k=3, tol=1e-10)
+    assert np.allclose(columns["census_value"], CURVATURES)
+    change = (CURVATURES.numpy() ** 2 * np.array(START)) ** 2
+    assert np.allclose(columns["census_share"], change / change.sum())
+    assert torch.allclose(quadratic[1][0], (1 - lr * CURVATURES) * torch.tensor(START))
+
+
+def test_random_directions_are_orthonormal_and_follow_their_seed():
+    like = torch.zeros(1, dtype=torch.float64)
+    one, again, other = (eos.random_directions(30, 4, seed, like) for seed in (1, 1, 2))
+    assert torch.allclose(one.T @ one, torch.eye(4, dtype=torch.float64), atol=1e-12)
+    assert one.equal(again) and not one.equal(other)
 
 
 def test_descend_stops_where_it_is_told_to(quadratic):
@@ -124,6 +152,7 @@ TINY = dataclasses.replace(
     branch_lr=0.8,
     branch_time=4.0,
     blocked=1,
+    census=4,
     every=5,
 )
 
@@ -139,7 +168,7 @@ def test_a_small_run_measures_everything_that_its_claims_need():
     assert np.allclose(sharpness["flow"][0], sharpness["gd"][0], rtol=0.02)
 
 
-def made_up(hover=1.02, blocked=1.5, flip=-1.0, seed=0):
+def made_up(hover=1.02, blocked=1.5, others=1.02, top=0.95, below=0.05, burst=0.8, seed=0):
     """Runs of one seed in which everything is as claimed, unless told otherwise."""
     config, runs = dataclasses.asdict(eos.LAPTOP), []
     for setting in eos.settings(eos.LAPTOP):
@@ -149,6 +178,8 @@ def made_up(hover=1.02, blocked=1.5, flip=-1.0, seed=0):
             rise = np.linspace(1, blocked, n) * edge
         if setting["path"] == "flow":
             rise = np.linspace(1, 1.5, n) * edge
+        if setting["path"] in ("random", "next"):
+            rise = np.minimum(np.linspace(0.2, 2.2, n), others) * edge
         if setting["lr"] == eos.LAPTOP.small_lr:
             rise = rise / 10
         if setting["loss"] == "cross-entropy":
@@ -159,10 +190,14 @@ def made_up(hover=1.02, blocked=1.5, flip=-1.0, seed=0):
             "step": (0 if setting["path"] == "gd" else 100) + 10 * np.arange(n),
             "loss": np.logspace(0, -3, n),
             "sharpness": rise,
-            "along": np.ones(n),
-            "next_along": np.full(n, flip),
             "rises": np.full(n, 0.4),
         }
+        if setting["path"] == "gd":
+            first = below if setting["lr"] == eos.LAPTOP.small_lr else top
+            halves = np.full(n // 2, burst), np.full(n // 2, first)
+            columns["share"] = np.r_[(*halves, np.nan)]
+            columns["census_value"] = np.array([1.05, 0.96, 0.94]) * edge
+            columns["census_share"] = np.array([0.0, first, 0.0])
         runs.append(run_of(setting, seed, **columns))
     return seed_runs(config, *runs)
 
@@ -172,9 +207,15 @@ EXPECTED = {
     "hovers at 2/lr": 1.02,
     "not monotone": 0.4,
     "falls in the long run": 10**-1.5,
-    "oscillates along v1": 1.0,
+    "v1 carries the first burst": 0.8,
+    "directions at the edge carry the oscillation": 0.95,
+    "no oscillation far below the edge": 0.05,
+    "oscillation lies along v1": 0.95,
     # the branches share the steps 100 to 400: the last 8 of 31 are those from 330 on
     "oscillation holds sharpness down": 1 + 0.5 * 26.5 / 40 - 1.02,
+    "random directions do not matter": 0.0,
+    "v2 to v5 do not matter": 0.0,
+    "the first of four matters": 1 + 0.5 * 26.5 / 40 - 1.02,
     "blocked follows flow": 0.0,
     "small lr stays below": 0.102,
     "ReLU saturates": 0.51,
@@ -202,7 +243,12 @@ def test_the_claims_hold_on_runs_made_to_hold_them():
     [
         ({"hover": 1.3}, {"hovers at 2/lr"}),
         ({"blocked": 1.0}, {"oscillation holds sharpness down", "blocked follows flow"}),
-        ({"flip": 1.0}, {"oscillates along v1"}),
+        ({"others": 1.3}, {"random directions do not matter", "v2 to v5 do not matter"}),
+        ({"top": 0.2}, {"oscillation lies along v1"}),
+        ({"top": 0.6}, {"directions at the edge carry the oscillation"}),
+        ({"others": 1.5}, {"the first of four matters"}),
+        ({"burst": 0.1}, {"v1 carries the first burst"}),
+        ({"below": 0.6}, {"no oscillation far below the edge"}),
     ],
 )
 def test_each_claim_can_fail(change, falls):

@@ -34,6 +34,7 @@ def spectra():
     return st.lists(value, min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(spectra(), st.data())
 def test_lanczos_finds_the_largest_whatever_the_spectrum(values, data):
@@ -90,6 +91,7 @@ def test_the_basis_outgrows_its_first_buffer_and_stays_orthonormal():
     torch.testing.assert_close(gram, torch.eye(40, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_random_starts_rarely_miss_a_near_neighbour():
     """With top eigenvalues 3% apart, a first small residual is often too early for k = 5."""
     values = torch.cat([torch.linspace(0.8, 1.0, 8), torch.linspace(-0.05, 0.3, 400)]).tolist()

@@ -470,6 +470,7 @@ def test_every_claim_gets_a_finite_number(result):
     assert all(math.isfinite(claim(runs)) for claim in escape.CLAIMS)
 
 
+@pytest.mark.slow
 def test_a_run_repeats_exactly_and_is_plain_lists():
     config = dataclasses.replace(TINY, steps=6, dense=6)
     for rule, gradient in (("sam", "minibatch"), ("random", "full")):

@@ -113,6 +113,7 @@ def test_the_style_is_set_when_asked_for():
         ]
 
 
+@pytest.mark.slow
 def test_drawing_touches_neither_pyplot_nor_the_defaults():
     code = textwrap.dedent("""
         import sys
@@ -245,8 +246,28 @@ def test_sharpness_stands_beside_both_edges_and_the_moving_one_is_the_median(ax)
     assert sharpness.get_ydata().tolist() == [1.0, 2.0, 1.5]
     assert sam.get_ydata().tolist() == [3.0, 2.0, 1.5]
     assert gd.get_ydata().tolist() == [4, 4, 4]
-    assert [text.get_text() for text in ax.texts] == ["SAM edge", "2/η"]
+    assert [text.get_text() for text in ax.texts] == ["2/η"]
+    assert ax.get_legend_handles_labels()[1] == ["SAM", "SAM edge"]
     assert ax.get_yscale() == "log"
+
+
+def test_a_valley_and_what_moves_in_it_have_one_part_a_measurement():
+    axes = Figure().subplots(2)
+    run = edged([0.5, 1.0, 1.5]) | {
+        "position": np.array([0.0, -0.1, 0.1]),
+        "loss": np.array([1.0, 1.2, 1.1]),
+        "along": np.array([-0.2, 0.0, 0.2]),
+        "valley": np.array([[2.0, 1.0, 2.0], [1.9, 1.0, 1.9], [1.8, 0.9, 1.8]]),
+    }
+    sharpness, edge, valleys, weights = figures.sharpness_and_valley(axes, run)
+    assert sharpness.get_ydata().tolist() == [1.0, 2.0, 1.5]
+    assert edge.get_ydata().tolist() == [0.5, 1.0, 1.5]
+    assert [path[:, 1].tolist() for path in valleys.get_segments()] == run["valley"].tolist()
+    assert weights.get_offsets().tolist() == [[0.0, 1.0], [-0.1, 1.2], [0.1, 1.1]]
+    assert [text.get_text() for text in axes[0].texts] == ["2/η", "sharpness", "SAM's edge"]
+    assert axes[1].lines[0].get_ydata().tolist() == [2.0, 1.0, 2.0]  # stays
+    with pytest.raises(ValueError, match="two axes are needed, got 1"):
+        figures.sharpness_and_valley(axes[:1], run)
 
 
 def test_a_logarithmic_axis_says_its_numbers_plainly(ax):

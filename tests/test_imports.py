@@ -35,6 +35,7 @@ def python(code: str, *, path: Path | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_torch_and_numpy_are_enough_to_import_everything() -> None:
     allowed = needed_by("torch", "numpy") | {"sam-lab"}
     blocked = [
@@ -113,6 +114,7 @@ compiled.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class TestTorchvision:
+    @pytest.mark.slow
     def test_the_installed_one_serves_data_transforms_and_models(self) -> None:
         python(
             """
@@ -129,6 +131,7 @@ class TestTorchvision:
             """
         )
 
+    @pytest.mark.slow
     def test_operators_that_do_not_load_are_declared(self, tmp_path) -> None:
         (tmp_path / "torchvision.py").write_text(STAND_IN.format(operators=""))
         python(
@@ -152,6 +155,7 @@ class TestTorchvision:
             path=tmp_path,
         )
 
+    @pytest.mark.slow
     def test_nothing_is_declared_where_operators_load(self, tmp_path) -> None:
         (tmp_path / "torchvision.py").write_text(STAND_IN.format(operators=COMPILED))
         python(
@@ -163,6 +167,7 @@ class TestTorchvision:
             path=tmp_path,
         )
 
+    @pytest.mark.slow
     def test_another_failure_of_torchvision_is_passed_on(self, tmp_path) -> None:
         (tmp_path / "torchvision.py").write_text("raise RuntimeError('CUDA versions differ')\n")
         python(

@@ -123,6 +123,7 @@ def test_pixels_go_into_the_model_and_its_first_layer_standardises_them():
     assert training.schedule is constant and training.epochs == TINY.recipe.epochs
 
 
+@pytest.mark.slow
 def test_every_column_is_what_it_says():
     columns = late_adversarial.run(TINY, BASE)
     assert [*zip(columns["switched_on"], columns["switched_off"], strict=True)] == [
@@ -147,6 +148,7 @@ def test_every_column_is_what_it_says():
     assert columns["checked_error"] >= columns["checked_error_by_two"]
 
 
+@pytest.mark.slow
 def test_a_wide_residual_network_runs_too():
     desktop = late_adversarial.DESKTOP
     config = dataclasses.replace(

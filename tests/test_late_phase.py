@@ -257,6 +257,7 @@ def test_the_way_is_that_from_the_switch_to_the_end(runs):
         assert row["switch_sharpness"] == pytest.approx(top, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_network_with_batch_norm_is_measured_in_evaluation_mode():
     columns = late_phase.run(WIDE, Cell(BASE, 10))
     assert [*zip(columns["switched_on"], columns["switched_off"], strict=True)] == [
@@ -340,8 +341,8 @@ RUNS = [
         sharpness_objective=SHARPNESS,
         trace={"sgd": 100.0, "full": 10.0, "late 0.9": 10**1.25},
         test_error={
-            **{"sgd": 0.30, "full": 0.25, "late 0.9": 0.27},
-            **{"late 0.5": 0.26, "early 0.5": 0.28},
+            **{"sgd": 0.30, "full": 0.25, "late 0.9": 0.27, "late 0.75": 0.27},
+            **{"late 0.5": 0.26, "early 0.5": 0.28, "early 0.9": 0.26},
         },
         barrier={"late 0.9": 0.02},
         switch_objective={"late 0.9": 0.5},
@@ -349,9 +350,10 @@ RUNS = [
     run_of(
         {**BASE, "schedule": "steps"},
         sharpness_objective={**SHARPNESS, "late 0.9": 8.0, "full": 2.0},
+        trace={"sgd": 100.0, "full": 1.0, "late 0.9": 10**1.5},
         test_error={
-            **{"sgd": 0.40, "full": 0.39, "late 0.9": 0.38},
-            **{"late 0.5": 0.37, "early 0.5": 0.36},
+            **{"sgd": 0.40, "full": 0.39, "late 0.9": 0.38, "late 0.75": 0.375},
+            **{"late 0.5": 0.37, "early 0.5": 0.36, "early 0.9": 0.392},
         },
     ),
     run_of(
@@ -385,9 +387,19 @@ EXPECTED = {
     "late-half-generalizes-better": 2.0,
     "early-sam-is-forgotten": 0.25,  # 16 to 8 to 1
     "no-barrier": 0.04,
+    "late-sam-saves-half": 3 / 5,
+    "early-sam-is-forgotten-in-test-error": 4 / 5,
+    "an-earlier-switch-is-flatter": 1.0,
+    "an-earlier-switch-generalizes-better": 0.95,  # of ten pairs one is a tie
     "sam-is-flatter-in-steps": 1 / 8,
     "late-sam-is-as-flat-in-steps": 1 / 3,  # 16 to 8 to 2
+    "late-sam-is-as-flat-in-trace-in-steps": 0.25,
     "sam-generalizes-better-in-steps": 1.0,
+    "late-sam-generalizes-as-well-in-steps": -1.0,
+    "late-sam-saves-half-in-steps": 2.0,
+    "early-sam-is-forgotten-in-test-error-in-steps": 0.8,
+    "an-earlier-switch-is-flatter-in-steps": 0.95,  # of ten pairs one is a tie
+    "an-earlier-switch-generalizes-better-in-steps": 0.7,  # the end is behind the three before
     "late-sam-generalizes-better-in-steps": 2.0,
     "late-half-counts-more-in-steps": 0.5,
     "late-half-generalizes-better-in-steps": -1.0,
@@ -416,11 +428,15 @@ def test_a_claim_has_one_number_from_each_seed():
     assert verdict.values == (1 / 16, 1 / 4)
 
 
-def test_claims_in_steps_were_set_after_the_first_data_and_are_no_headlines():
-    in_steps = [claim for claim in CLAIMS if claim.statement.startswith("In steps. ")]
-    assert len(in_steps) == 7
+def test_claims_in_steps_were_set_after_the_first_data_and_two_of_them_are_headlines():
+    in_steps = [claim for claim in CLAIMS if claim.statement.startswith(late_phase.IN_STEPS)]
+    assert len(in_steps) == 13
     for claim in in_steps:
-        assert claim.id.endswith("-in-steps") and claim.set_after and not claim.headline
+        assert claim.id.endswith("-in-steps") and claim.set_after
+    assert list(dict.fromkeys(claim.id for claim in in_steps if claim.headline)) == [
+        "late-sam-saves-half-in-steps",
+        "early-sam-is-forgotten-in-test-error-in-steps",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -445,11 +461,19 @@ def test_reached_is_0_for_sgd_1_for_sam_and_more_beyond():
         trace={"sgd": 8.0, "full": 2.0, "late 0.5": 4.0},
     )
     way = partial(switching.reached, run, "sharpness_objective", log=True)
-    assert way("sgd", 0.5) == 0 and way("full", 0.5) == 1
-    assert way("late", 0.5) == pytest.approx(1.5)
-    assert way("early", 0.5) == pytest.approx(-0.5)
-    assert switching.reached(run, "trace", "late", 0.5, log=True) == pytest.approx(0.5)
-    assert switching.reached(run, "trace", "late", 0.5) == pytest.approx(4 / 6)
+    assert way("sgd", 0.5).quotient == 0 and way("full", 0.5).quotient == 1
+    assert way("late", 0.5) == pytest.approx((math.log(8), math.log(4)))
+    assert way("late", 0.5).quotient == pytest.approx(1.5)
+    assert way("early", 0.5).quotient == pytest.approx(-0.5)
+    assert switching.reached(run, "trace", "late", 0.5, log=True).quotient == pytest.approx(0.5)
+    assert switching.reached(run, "trace", "late", 0.5) == (4, 6)
+
+
+def test_a_share_of_a_way_that_is_not_there_does_not_apply():
+    ends = [{**SHARPNESS, "full": full} for full in (10.0, 20.0, 18.0)]
+    runs = [run_of(seed=seed, sharpness_objective=each) for seed, each in enumerate(ends)]
+    verdict = late_phase.late_sam_is_as_flat.judge(result_of(CONFIG, *runs))
+    assert verdict.explained == "does not apply (undefined: SAM was no flatter than SGD here)"
 
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are():

@@ -6,7 +6,16 @@ import pytest
 from toy_experiment import Config, claim_of, toy
 
 from sam_lab import experiments
-from sam_lab.experiments import CONTROL, Result, ledger, side_by_side
+from sam_lab.experiments import (
+    CONTROL,
+    NotApplicable,
+    Result,
+    headlines,
+    ledger,
+    ledger_rows,
+    side_by_side,
+)
+from sam_lab.experiments.lab.registry import part
 
 
 def _only(monkeypatch, **found):
@@ -107,3 +116,63 @@ def test_the_ledger_shows_kind_headline_and_when_the_criterion_was_set(tmp_path,
     ]
     for word in ("*paper*:", "*code*:", "*after*:", "*ours*:", "*control*:", "headline"):
         assert word in book.legend()
+
+
+def test_the_rows_of_the_ledger_are_plain_text(tmp_path, monkeypatch):
+    experiment = toy(claim_of([1.0, 1.01, 1.02], headline=True, unit="u"))
+    _only(monkeypatch, toy=experiment)
+    experiments.run(experiment, out=tmp_path, progress=False)
+    (row,) = ledger_rows(tmp_path)
+    assert (row.experiment, row.title, row.part, row.id) == ("toy", "A toy", "", "c")
+    assert (row.statement, row.source, row.kind) == ("It holds", "Fig. 1", "after")
+    assert (row.criterion, row.set_after, row.headline) == ("0.9 to 1.1 u", False, True)
+    cell = row.cells["laptop"]
+    assert cell is not None and row.cells["paper"] is None
+    assert cell.summary == f"{cell.measured} ({cell.seeds}): {cell.explained}"
+    assert (cell.measured, cell.seeds) == ("1.010 [0.985, 1.035] u", "3 seeds")
+    assert cell.verdict == cell.explained == "reproduced"
+
+
+def test_every_experiment_belongs_to_a_part_of_the_book():
+    assert {part(name) for name in experiments.names()} == {"edge", "sam", "late", "inputs"}
+    assert part("late_images") == "late" and part("nobody") == ""
+
+
+def test_headlines_are_sentences(monkeypatch):
+    wide = dataclasses.replace(
+        toy(
+            claim_of([1.0, 1.01, 1.02], statement="It holds", headline=True),
+            claim_of([1.0, 1.0, 1.2], id="d", statement="It lasts", headline=True, unit="u"),
+            claim_of([1.0, 1.0, 1.2], id="e", statement="No headline"),
+        ),
+        name="wide",
+        title="A wide toy",
+    )
+    plain = toy(claim_of(_starts_beyond, statement="It holds", headline=True))
+    _only(monkeypatch, toy=plain, wide=wide)
+    made = [experiments.run(one, progress=False) for one in (wide, plain)]
+    alone = headlines(made[0])
+    assert alone._repr_markdown_() == (
+        "- It holds (criterion: 0.9 to 1.1). "
+        "Measured: 1.010 [0.985, 1.035] (3 seeds, laptop scale): **reproduced**.\n"
+        "- It lasts (criterion: 0.9 to 1.1 u). "
+        "Measured: 1.07 [0.78, 1.35] u (3 seeds, laptop scale): **inconclusive**, "
+        "as the interval crosses the criterion's bound."
+    )
+    assert "(3 seeds, laptop scale): reproduced." in " ".join(str(alone).split())
+    assert repr(alone) == str(alone)
+    both = headlines(*made)
+    assert both.items[0] == (
+        "It holds (criterion: 0.9 to 1.1).",
+        [
+            "A wide toy: 1.010 [0.985, 1.035] (3 seeds, laptop scale): **reproduced**.",
+            "A toy: no value (3 seeds, laptop scale): **does not apply**, it starts beyond.",
+        ],
+    )
+    assert "\n  - A toy: no value" in both._repr_markdown_()
+    assert str(headlines()) == "nothing to show"
+    assert side_by_side({"a": made[1]}).rows[0][1] == "does not apply"
+
+
+def _starts_beyond(runs):
+    raise NotApplicable("it starts beyond")

@@ -97,6 +97,7 @@ def test_equal_top_eigenvalues_leave_the_direction_open_and_the_length_the_same(
     assert float(gradient[1] / gradient[0]) == pytest.approx(3.0, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "leaves"), [(0.99, False), (1.01, True)])
 def test_above_two_over_lr_sam_leaves_as_gradient_descent_does(fraction, leaves):
     loss, w, _ = quadratics.quadratic(

@@ -361,6 +361,7 @@ def test_groups_that_differ_have_no_common_edge():
         EdgeRecorder(SAM(torch.optim.SGD(groups, lr=0.1), 0.3), lambda: (a + b).sum())
 
 
+@pytest.mark.slow
 def test_on_a_fixed_quadratic_sam_comes_to_its_edge_and_gradient_descent_does_not():
     _w, sam, loss = quadratic([4.0, 1.0, 0.2], [1.0, 1.0, 1.0], lr=0.2, rho=0.5)
     record = EdgeRecorder(sam, loss, every=10, tol=1e-6)

@@ -17,6 +17,7 @@ from sam_lab.experiments.lab.result import seal, write_whole
 numbers = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(10**15), 10**15)
 
 
+@pytest.mark.slow
 @given(
     columns=st.dictionaries(st.text(max_size=8), st.lists(numbers, max_size=20), max_size=4),
     lr=st.floats(allow_nan=False, allow_infinity=False),

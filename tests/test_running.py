@@ -149,7 +149,6 @@ def test_every_registered_experiment_is_well_formed():
     for name in experiments.names():
         experiment = experiments.get(name)
         assert experiment.claims, f"{name} decides no claim"
-        assert any(claim.headline for claim in experiment.claims), f"{name} has no headline"
         for config in experiment.presets.values():
             assert experiment.settings(config)
 
@@ -480,6 +479,8 @@ def _command(folder, *arguments, **environment):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
+        # What starts the tests may have told all below it to ignore an interrupt.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -490,6 +491,7 @@ def _wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
 def test_kill_9_loses_at_most_the_run_in_progress(package, tmp_path):
     folder, out, log = package("toy_killed"), tmp_path / "out", tmp_path / "log"
@@ -515,6 +517,7 @@ def test_kill_9_loses_at_most_the_run_in_progress(package, tmp_path):
     assert "reproduced" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line(package, tmp_path):
     folder, out = package("toy_stopped"), tmp_path / "out"
     partial = out / ".toy_stopped.laptop.partial"
@@ -611,6 +614,7 @@ def test_bad_out_and_bad_file_on_the_command_line(package, tmp_path, capsys):
     assert "file.json: damaged or cut short" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_line_needs_torch_and_numpy_alone():
     code = textwrap.dedent("""
         import sys
@@ -625,3 +629,17 @@ def test_the_command_line_needs_torch_and_numpy_alone():
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_scipy_an_experiment_runs_and_says_what_verdicts_need(
+    package, tmp_path, capsys, monkeypatch
+):
+    package("toy_bare")
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert main(["run", "toy_bare", "--out", str(tmp_path), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "no verdicts: 'scipy.stats' is needed here" in printed and "[book]" in printed
+    path = tmp_path / "toy_bare.laptop.json"
+    assert f"written to {path}" in printed and path.is_file()
+    assert main(["show", str(path)]) == 2
+    assert "'scipy.stats' is needed here" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_every_claim_gets_a_number_from_every_seed_and_the_own_ones_are_finite(r
     assert len(result.runs) == 2 * 4
     for verdict in experiments.judge(result):
         assert "the statistic failed" not in verdict.reason
-        assert len(verdict.values) == 2
+        assert len(verdict.values) == 2 or verdict.verdict == "does not apply"
         assert verdict.claim.id not in OWN or all(map(math.isfinite, verdict.values))
 
 
@@ -84,6 +84,7 @@ def test_the_fixed_batch_stays_and_the_current_one_changes():
     assert len({round(loss, 4) for loss in columns["batch_loss"]}) == 5
 
 
+@pytest.mark.slow
 def test_a_run_is_sam_with_a_fresh_batch_a_step():
     """The same by hand, and without recorders."""
     columns = task.run(TINY, Cell(SAM_SETTING, 3))

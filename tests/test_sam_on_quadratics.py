@@ -77,6 +77,7 @@ def test_beside_a_close_eigenvalue_the_direction_settles_at_the_predicted_rate()
     assert abs(columns["ratio"][0] - 1) < 0.2
 
 
+@pytest.mark.slow
 def test_noise_moves_the_ratio_to_different_sides_of_the_noiseless_one():
     config = dataclasses.replace(TINY, dim=20, steps=600)
     quiet, even, loud = (
@@ -118,11 +119,37 @@ def test_all_paths_start_at_the_same_weights_and_an_unknown_one_is_named():
         assert values == pytest.approx([values[0]] * 3, rel=1e-9)
     with pytest.raises(ValueError, match="path .*'dead'"):
         study.frozen(config, Cell({"path": "dead"}))
+    with pytest.raises(ValueError, match="path .*'dead'"):
+        study.filmed(config, "dead")
+
+
+def test_a_film_measures_what_the_run_measures_and_shows_the_valley_it_is_in():
+    pytest.importorskip("sklearn")
+    config = dataclasses.replace(TINY, network_steps=20, every=1)
+    for path in ("linearised", "living"):
+        film = study.filmed(config, path, steps=20, reach=0.2, points=9)
+        run = study.frozen(config, Cell({"path": path}))
+        for name in ("step", "loss", "sharpness", "sam_edge"):
+            np.testing.assert_allclose(film[name], run[name], rtol=1e-6, err_msg=name)
+        assert film["gd_edge"].tolist() == [2 / config.network_lr] * 21
+        assert film["position"][0] == 0 and film["valley"].shape == (21, 9)
+        np.testing.assert_allclose(film["along"], np.linspace(-0.2, 0.2, 9))
+        assert film["valley"][0, 4] == pytest.approx(film["loss"][0])  # the middle is the start
+        # the weights lie in the valley: a curve through it has their loss where they are
+        inside = [
+            np.polyval(np.polyfit(film["along"], valley, 4), position)
+            for valley, position in zip(film["valley"], film["position"], strict=True)
+        ]
+        np.testing.assert_allclose(inside, film["loss"], rtol=1e-3)
+        if path == "linearised":  # the valley is a parabola, and stays the one it was
+            curved = [2 * np.polyfit(film["along"], valley, 2)[0] for valley in film["valley"]]
+            np.testing.assert_allclose(curved, film["sharpness"][0], rtol=1e-3)
 
 
 # --- the experiment ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_everything_that_its_claims_need():
     pytest.importorskip("sklearn")
     result = experiments.run(study.EXPERIMENT, TINY, seeds=1, device="cpu", progress=False)
@@ -137,6 +164,7 @@ def test_a_small_run_measures_everything_that_its_claims_need():
         assert claim.criterion.low <= claim(runs) <= claim.criterion.high
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_its_run_and_another_one_changes_it():
     pytest.importorskip("sklearn")
     config = dataclasses.replace(

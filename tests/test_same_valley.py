@@ -100,6 +100,7 @@ def test_another_order_of_the_examples_leads_elsewhere(result):
         assert 0 < run["order_distance"] < run["independent_distance"]
 
 
+@pytest.mark.slow
 def test_runs_repeat_exactly_and_leave_the_random_state(result):
     state = torch.get_rng_state()
     again = run_of(TINY, NORMED, 1)
@@ -142,6 +143,7 @@ def test_statistics_carried_along_are_those_of_the_ends_at_the_ends():
     assert between == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_wide_residual_network_takes_the_same_road():
     recipe = same_valley.PAPER.recipe.but(
         data="photos",
@@ -236,6 +238,7 @@ def test_places_include_both_ends_exactly_and_go_on_beyond_them(points):
     assert np.diff(places) == pytest.approx(1 / (points - 1))
 
 
+@pytest.mark.slow
 def test_every_claim_gets_a_number_once_there_is_a_rise_and_a_barrier():
     config = tiny(recipe={"hidden": (24, 24), "epochs": 24, "lr": 0.2})
     result = experiments.run(same_valley.EXPERIMENT, config, seeds=1, device="cpu", progress=False)

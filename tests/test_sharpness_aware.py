@@ -223,6 +223,7 @@ def test_training_is_measured_at_the_start_at_the_end_and_in_between(dataset):
     assert columns["loss"][-1] < columns["loss"][0]
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_dense_linear_algebra_finds(dataset):
     config = dataclasses.replace(SMALL, widths=(2,))
     columns = methods.train(config, "sam", 0.1)

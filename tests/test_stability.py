@@ -255,6 +255,7 @@ def with_momentum(curvature, lr, rho, momentum, start, velocity, steps=1500):
     return np.array(path[-8:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.3, 0.9])
 def test_with_momentum_sam_near_its_orbit_of_period_2_settles_exactly_at_that_edge(momentum):
     lr, rho, curvature, start = 0.5, 0.1, 1.5, 0.03
@@ -264,6 +265,7 @@ def test_with_momentum_sam_near_its_orbit_of_period_2_settles_exactly_at_that_ed
     assert sam_edge(lr / (1 + momentum), rho, norm) == pytest.approx(curvature, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_with_much_momentum_sam_can_settle_below_its_edge_in_an_orbit_of_period_4():
     """What momentum adds: the orbit of period 2 is stable still, but no longer the only one."""
     lr, rho, momentum, curvature = 0.5, 0.1, 0.9, 1.5

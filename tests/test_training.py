@@ -414,6 +414,7 @@ training.run(on_step=on_step, on_epoch=lambda: training.save(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL on Windows")
 def test_a_training_that_is_killed_in_an_epoch_goes_on_from_its_last_checkpoint(tmp_path):
     path = tmp_path / "c.pt"

@@ -96,6 +96,7 @@ def test_a_commit_has_its_style_mended(repository):
     assert hook("ruff-format", repository, "a.py").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_commit_has_its_notebooks_cleaned(repository):
     output = new_output("stream", name="stderr", text="a warning\n")
     cell = new_code_cell("1 + 1", outputs=[output], execution_count=7)

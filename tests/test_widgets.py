@@ -6,17 +6,20 @@ import json
 import re
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sam_lab import widgets
-from sam_lab.widgets import Axis, Frame, Grid, Slider, slider, sliders
+from sam_lab.widgets import Axis, Frame, Grid, Panel, Slider, film, slider, sliders
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -177,6 +180,7 @@ def made_of(first="x", second="y", text="2", start=0, png=b"png", size=(1, 1), a
     return Slider(Grid(axes, {**frames, (1, 1): last}.__getitem__), caption)
 
 
+@pytest.mark.slow
 def test_the_same_slider_has_the_same_html_and_another_has_another_id():
     assert small().html == small().html and two().html == two().html
     others = [
@@ -480,6 +484,114 @@ print(end.label, start.label, picture.value == both.frames[1].png)"""
     assert said == "(('1', 0), ('1.5', 1), ('2', 2)) 1.5 True True\n1 4 True\n"
 
 
+# --- films ---------------------------------------------------------------------------------------
+
+FALL = [3.0, 1.0, 2.0, 0.5]
+
+
+def panel(alt="A line falls", vertices=4, members=4, readings=None):
+    """A line with a marker at its end, and a collection of curves and one of dots."""
+    figure = Figure(figsize=(3, 2), dpi=96)
+    ax = figure.add_subplot()
+    ax.set(xlim=(0, 3), ylim=(0, 4), xticks=[], yticks=[])
+    (line,) = ax.plot([0, 1, 2, 3][:vertices], FALL[:vertices], marker="o", markevery=[-1])
+    curves = LineCollection([[(0, y), (1, 0), (3, y)] for y in FALL][:members])
+    ax.add_collection(curves)
+    dots = ax.scatter([0, 1, 2, 3], FALL)
+    readings = {"loss": FALL} if readings is None else readings
+    return Panel(figure, [line, curves, dots], alt, readings)
+
+
+def short(*panels, moments=(0, 1, 2, 3), **changes):
+    return film(panels or [panel()], moments, **{"label": "step", "seconds": 0.6, **changes})
+
+
+def test_a_film_is_a_picture_of_its_end_with_a_button_and_a_labelled_range():
+    made = short(caption="A & B", unit="s")
+    bundle = made._repr_mimebundle_()
+    assert bundle == {"text/plain": "[film: step, from 0 s to 3 s]", "text/html": made.html}
+    page = Parsed(made.html)
+    figure, image, control = page.one("figure"), page.one("img"), page.one("input")
+    assert figure["class"] == "sam-film" and re.fullmatch(r"sam-film-\w{10}", figure["id"])
+    assert image["alt"] == "A line falls" and (image["width"], image["height"]) == ("288", "192")
+    assert page.one("label")["for"] == control["id"] == page.one("output")["for"]
+    assert (control["type"], control["min"], control["max"]) == ("range", "0", "3")
+    assert page.one("button")["type"] == "button"
+    (hidden,) = [tag for _, tag in page.tags if "hidden" in tag]
+    assert hidden["class"] == "sam-slider__controls"
+    assert "<figcaption>A &amp; B</figcaption>" in made.html
+    assert re.findall("<dt[^>]*>(.*?)</dt><dd[^>]*>(.*?)</dd>", made.html) == [("loss", "0.50")]
+    assert "sam-slider" not in figure["class"]  # its picture is not one of several frames
+
+
+def test_a_film_holds_drawings_and_what_is_said_of_each_moment():
+    stored = stored_in(short(unit="s", autoplay=True).html)
+    assert stored["axis"] == {"label": "step", "texts": ["0 s", "1 s", "2 s", "3 s"], "start": 0}
+    assert stored["readings"] == [["3.00", "1.00", "2.00", "0.50"]]
+    two_panels = short(replace(panel(), name="Left"), panel(), panel(readings={}))
+    assert stored_in(two_panels.html)["spoken"][1] == "1; Left: loss 1.00; loss 1.00"
+    assert stored["spoken"][1] == "1 s; loss 1.00" and len(stored["spoken"]) == 4
+    assert (stored["period"], stored["autoplay"]) == (200, True)
+    (svg,) = stored["drawings"]
+    tree = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    line, curves, dots = (
+        next(each for each in tree.iter() if each.get("id") == f"FILM-0-{name}")
+        for name in ("line-0", "stack-1", "stack-2")
+    )
+    assert len(re.findall("[ML]", line.find(f"{space}path").get("d"))) == 4
+    assert len(curves.findall(f"{space}path")) == len(dots.findall(f"{space}g/{space}use")) == 4
+    assert "<style" not in svg and "<metadata" not in svg  # a style sheet would be the page's too
+    ids = [each.get("id") for each in tree.iter() if each.get("id")]
+    assert all(each.startswith("FILM-0-") for each in ids) and len(set(ids)) == len(ids)
+    asked = set(re.findall(r"(?:url\(|href=\")#([^\")]*)", svg))
+    assert asked and asked <= set(ids)
+
+
+def test_a_film_asks_for_nothing_and_two_alike_are_the_same():
+    html = short(panel(), panel("Another")).html
+    assert html == short(panel(), panel("Another")).html
+    assert [image["src"][:15] for image in Parsed(html).all("img")] == ["data:image/png;"] * 2
+    pages = set(re.findall(r"https?:[^\s\"\\]*", html))
+    assert pages == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names
+    assert len(stored_in(html)["drawings"]) == 2 and len(html) < 100_000
+
+
+def test_a_film_escapes_text_and_closes_its_figures():
+    from matplotlib import pyplot
+
+    nasty = 'a "b" <i> & </script><script>alert(1)</script>'
+    given = panel(nasty, readings={nasty: FALL})
+    html = short(given, label=nasty, caption=nasty, unit=nasty).html
+    page = Parsed(html)
+    assert len(page.all("script")) == 2 and not page.all("i")
+    assert page.one("img")["alt"] == nasty
+    before = pyplot.get_fignums()
+    figure, ax = pyplot.subplots()
+    (line,) = ax.plot([1, 2])
+    film([Panel(figure, [line], "A line")], ["a", "b"], label="x")
+    assert pyplot.get_fignums() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: film([], [1, 2], label="x"), "needs a panel and two moments or more, got 0 and 2"),
+        (lambda: short(moments=[1]), "needs a panel and two moments or more, got 1 and 1"),
+        (lambda: short(moments=[1, 1, 2, 3]), "moments must differ as they are written"),
+        (lambda: short(seconds=0), "seconds must be above 0, got 0"),
+        (lambda: short(label=" "), "label must say"),
+        (lambda: short(panel(alt=" ")), "alt must describe the drawing"),
+        (lambda: short(panel(readings={"y": [1.0]})), r"a moment \(4\), got 1 of 'y'"),
+        (lambda: short(panel(vertices=3)), r"a moment \(4\), got 3 in Line2D"),
+        (lambda: short(panel(members=2)), r"a moment \(4\), got 2 in .*LineCollection"),
+    ],
+)
+def test_what_makes_no_film_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 # --- in a browser --------------------------------------------------------------------------------
 
 
@@ -672,6 +784,105 @@ def test_without_scripts_the_first_picture_remains(make, browser):
     assert tab.locator("img").get_attribute("src") == made.frames[0].src
     controls = "label, input, output"
     assert not any(part.is_visible() for part in tab.locator(controls).all())
+    context.close()
+
+
+SEEN = """figure => ({
+  vertices: figure.querySelector('[id$="line-0"] > path').getAttribute("d").match(/[ML]/g).length,
+  curves: [...figure.querySelectorAll('[id$="stack-1"] > path')].map((e) => e.style.opacity),
+  dots: [...figure.querySelectorAll('[id$="stack-2"] use')].map((e) => e.style.display),
+  reading: figure.querySelector("dd").textContent,
+  spoken: figure.querySelector("input").getAttribute("aria-valuetext"),
+  moment: figure.querySelector("output").value,
+  button: figure.querySelector("button").textContent,
+})"""
+
+
+@pytest.mark.browser
+def test_a_film_opens_at_its_first_moment_and_answers_to_the_keyboard(page):
+    figure = page(short()).locator("figure")
+    drawing = figure.get_by_role("img", name="A line falls")
+    assert drawing.count() == 1 and drawing.evaluate("e => e.tagName") == "svg"
+    seen = figure.evaluate(SEEN)
+    assert seen == {
+        "vertices": 1,
+        "curves": ["1", "0", "0", "0"],
+        "dots": ["", "none", "none", "none"],
+        "reading": "3.00",
+        "spoken": "0; loss 3.00",
+        "moment": "0",
+        "button": "▶ Play",
+    }
+    figure.locator("label").click()
+    figure.page.keyboard.press("ArrowRight")
+    figure.page.keyboard.press("ArrowRight")
+    seen = figure.evaluate(SEEN)
+    assert (seen["vertices"], seen["reading"], seen["spoken"]) == (3, "2.00", "2; loss 2.00")
+    assert seen["curves"] == ["0.2025", "0.45", "1", "0"]
+    line = figure.locator('[id$="line-0"]')
+    head = line.locator("use")
+    last = line.locator("path").first.get_attribute("d").split("L")[-1].split()
+    assert [head.get_attribute(name) for name in "xy"] == last
+
+
+@pytest.mark.browser
+def test_a_film_plays_to_its_end_is_paused_and_plays_again(page):
+    figure = page(short(seconds=30)).locator("figure")
+    tab, button = figure.page, figure.get_by_role("button")
+    tab.clock.install()
+    button.focus()
+    tab.keyboard.press("Space")
+    assert button.inner_text() == "❚❚ Pause"
+    tab.clock.run_for(10_500)
+    assert figure.evaluate(SEEN)["moment"] == "1"
+    tab.keyboard.press("Enter")
+    tab.clock.run_for(60_000)
+    assert figure.evaluate(SEEN)["moment"] == "1" and button.inner_text() == "▶ Play"
+    tab.keyboard.press("Enter")
+    tab.clock.run_for(60_000)
+    assert figure.evaluate(SEEN)["moment"] == "3" and button.inner_text() == "▶ Play"
+    button.click()
+    assert figure.evaluate(SEEN)["moment"] == "0"
+    figure.locator("input").press("End")  # who takes the slider has paused it
+    assert button.inner_text() == "▶ Play" and figure.evaluate(SEEN)["vertices"] == 4
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_a_film_plays_by_itself_only_where_it_may(page, motion):
+    tab = page(short())
+    tab.emulate_media(reduced_motion=motion)
+    alone = page(short(autoplay=True)).locator("figure")
+    tab.wait_for_timeout(1500)
+    assert alone.evaluate(SEEN)["moment"] == ("0" if motion == "reduce" else "3")
+    still = page(short()).locator("figure")
+    tab.wait_for_timeout(400)
+    assert still.evaluate(SEEN)["moment"] == "0"
+
+
+@pytest.mark.browser
+def test_films_fit_a_telephone_move_alone_and_axe_finds_nothing(page):
+    made = short(panel(), panel("Another"), caption="Two lines.")
+    tab = page(made, made)
+    first, twin = tab.locator("figure").all()
+    twin.locator("label").click()
+    tab.keyboard.press("End")
+    assert [each.evaluate(SEEN)["vertices"] for each in (first, twin)] == [1, 4]
+    names = tab.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(names) == len(set(names))
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(tab).response["violations"]
+    assert [(rule["id"], rule["impact"]) for rule in found] == []
+
+
+@pytest.mark.browser
+def test_without_scripts_the_end_of_a_film_remains(browser):
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.set_content(short().html)
+    assert tab.locator("img").is_visible() and tab.locator("dd").inner_text() == "0.50"
+    assert not any(part.is_visible() for part in tab.locator("button, label, input, output").all())
     context.close()
 
 

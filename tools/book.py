@@ -77,6 +77,11 @@ def configuration(root: Path = ROOT) -> dict[str, Any]:
     return config
 
 
+def toc(root: Path = ROOT) -> dict[str, Any]:
+    contents: dict[str, Any] = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    return contents
+
+
 def pages(root: Path = ROOT) -> list[Path]:
     """Every page of the table of contents, in reading order, relative to ``root``."""
 
@@ -86,9 +91,9 @@ def pages(root: Path = ROOT) -> list[Path]:
         for part in [*node.get("parts", []), *node.get("chapters", []), *node.get("sections", [])]:
             yield from names(part)
 
-    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    contents = toc(root)
     found = []
-    for name in [toc["root"], *names(toc)]:
+    for name in [contents["root"], *names(contents)]:
         sources = [path for path in (root / f"{name}.ipynb", root / f"{name}.md") if path.is_file()]
         if len(sources) != 1:
             raise BookError(
@@ -97,6 +102,19 @@ def pages(root: Path = ROOT) -> list[Path]:
             )
         found.append(sources[0].relative_to(root))
     return found
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    """The numbered pages listed under ``chapters``: ``sections`` of a chapter are side pages."""
+    contents = toc(root)
+    listed = [
+        chapter
+        for part in [contents, *contents.get("parts", [])]
+        for chapter in part.get("chapters", [])
+    ]
+    names = {Path(chapter["file"]) for chapter in listed}
+    found = [page for page in pages(root) if page.with_suffix("") in names]
+    return [page for page in found if re.match(r"\d\d_", page.name)]
 
 
 def notebooks(root: Path = ROOT) -> list[Path]:

@@ -2,8 +2,9 @@
 
 A figure without alternative text is warned of, and so fails the build: myst-nb would give it the
 name of its file, which a screen reader reads out. The text belongs into the cell's metadata,
-``{"mystnb": {"image": {"alt": "…"}}}``. And the bibliography loses the role of a list, which Sphinx
-gives it although its entries are no list items.
+``{"mystnb": {"image": {"alt": "…"}}}``. The bibliography loses the role of a list, which Sphinx
+gives it although its entries are no list items. And the arrow that unfolds the side pages of a
+chapter gets the name that the theme leaves out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ def drop_list_role(app: Sphinx, pagename: str, template: str, context: dict, doc
     context["body"] = context.get("body", "").replace(wrong, '<div class="citation-list">')
 
 
+def name_arrows(app: Sphinx, pagename: str, template: str, context: dict, doctree: Any) -> None:
+    navigation = context.get("generate_toctree_html")
+    if navigation:
+        context["generate_toctree_html"] = lambda *args, **options: str(
+            navigation(*args, **options)
+        ).replace("<summary>", '<summary aria-label="Side pages">')
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-resolved", check_images)
     app.connect("html-page-context", drop_list_role)
+    app.connect("html-page-context", name_arrows, priority=900)  # after the theme's own
     return {"parallel_read_safe": True, "parallel_write_safe": True}

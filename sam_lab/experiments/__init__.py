@@ -10,6 +10,7 @@ from sam_lab.experiments.lab.claims import (
     OURS,
     Claim,
     Criterion,
+    NotApplicable,
     Source,
     Verdict,
     claim,
@@ -17,16 +18,25 @@ from sam_lab.experiments.lab.claims import (
 )
 from sam_lab.experiments.lab.experiment import Cell, Experiment, Studies, Study
 from sam_lab.experiments.lab.registry import ExperimentError, broken, get, judge, names, table
-from sam_lab.experiments.lab.report import Ledger, ledger, side_by_side
+from sam_lab.experiments.lab.report import (
+    Ledger,
+    LedgerCell,
+    LedgerRow,
+    headlines,
+    ledger,
+    ledger_rows,
+    side_by_side,
+)
 from sam_lab.experiments.lab.result import Result, ResultError, Rows, Run, SeedRuns, merge
 from sam_lab.experiments.lab.runner import run
-from sam_lab.experiments.lab.statistics import t_interval
+from sam_lab.experiments.lab.statistics import Ratio, t_interval
 from sam_lab.experiments.lab.store import Busy
-from sam_lab.experiments.lab.table import Table
+from sam_lab.experiments.lab.table import Bullets, Table
 
 __all__ = [
     "CONTROL",
     "OURS",
+    "Bullets",
     "Busy",
     "Cell",
     "Claim",
@@ -34,6 +44,10 @@ __all__ = [
     "Experiment",
     "ExperimentError",
     "Ledger",
+    "LedgerCell",
+    "LedgerRow",
+    "NotApplicable",
+    "Ratio",
     "Result",
     "ResultError",
     "Rows",
@@ -48,8 +62,10 @@ __all__ = [
     "claim",
     "claims_table",
     "get",
+    "headlines",
     "judge",
     "ledger",
+    "ledger_rows",
     "merge",
     "names",
     "run",

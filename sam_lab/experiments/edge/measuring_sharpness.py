@@ -487,32 +487,45 @@ CHAPTER_CONTROL = Source("the control of chapter 2", "control")
 DINH = Source("Dinh et al. 2017", "after")
 
 
-@claim(Source("stopping rule of PyHessian (Yao et al. 2020)", "ours"), low=1.0, headline=True)
+@claim(
+    Source("stopping rule of PyHessian (Yao et al. 2020)", "ours"),
+    low=1.0,
+    headline=True,
+    domain="positive",
+)
 def change_is_no_certificate(runs: SeedRuns) -> float:
-    """At the edge of stability, power iteration that stops once its estimate changes by less than
-    0.1% is off by more than that: error over tolerance, median of all starts"""
+    """At the edge of stability, power iteration that stops once its estimate changes by less
+    than 0.1% has a larger error than 0.1%: error over tolerance, median of all starts"""
     return float(np.median(runs.one(study="edge")["power_error"])) / 1e-3
 
 
-@claim(Source("the question at the head of chapter 2", "ours"), high=0.95)
+@claim(
+    Source("the question at the head of chapter 2", "ours"),
+    high=0.95,
+    headline=True,
+    domain="share",
+)
 def patience_is_no_certificate(runs: SeedRuns) -> float:
-    """At the edge of stability, ten changes below 0.1% in a row do not make the estimate of power
-    iteration safe: share of all starts for which it is then within 1%"""
+    """At the edge of stability, power iteration whose estimate has changed by less than 0.1%
+    ten times in a row is within 1% of the largest eigenvalue in less than 95% of the starts:
+    that share"""
     return float((runs.one(study="edge")["patient_error"] <= 0.01).mean())
 
 
-@claim(CHAPTER, 0.9, 1.1)
+@claim(CHAPTER, 0.9, 1.1, domain="positive")
 def change_is_a_residual(runs: SeedRuns) -> float:
-    """A relative change δ of power iteration stands for a relative residual of √(δ/2): median ratio
-    of the measured residual to that"""
+    """When the estimate of power iteration changes by a relative amount δ, its relative
+    residual is √(δ/2): median ratio of the measured residual to this prediction"""
     run = runs.one(study="edge")
     return float(np.median(run["power_residual"] / (run["power_change"] / 2) ** 0.5))
 
 
-@claim(Source("Hessian.top, checked against float64", "ours"), low=0.95, headline=True)
+@claim(
+    Source("Hessian.top, checked against float64", "ours"), low=0.95, headline=True, domain="share"
+)
 def residual_certifies(runs: SeedRuns) -> float:
-    """At the edge of stability, Lanczos stopped at a residual of 1% finds the largest eigenvalue to
-    1%: share of all starts"""
+    """At the edge of stability, Lanczos that stops at a residual of 1% finds the largest
+    eigenvalue to 1%: share of all starts for which it does"""
     return float((runs.one(study="edge")["lanczos_error"] <= 0.01).mean())
 
 
@@ -521,17 +534,21 @@ def residual_certifies(runs: SeedRuns) -> float:
     low=0.95,
     set_after=True,
     headline=True,
+    domain="share",
 )
 def two_starts_certify(runs: SeedRuns) -> float:
-    """At the edge of stability, the larger of two Lanczos estimates, from two starts and each
-    stopped at a residual of 1%, is right to 1%: share of all pairs"""
+    """At the edge of stability, the larger of two Lanczos estimates, each from its own random
+    start and stopped at a residual of 1%, is within 1% of the largest eigenvalue: share of all
+    pairs"""
     return _of_pairs_within(runs.one(study="edge")["lanczos_error"], 0.01)
 
 
-@claim(Source("Kuczyński & Woźniakowski 1992 (bounds for both)", "after"), low=2.0)
+@claim(
+    Source("Kuczyński & Woźniakowski 1992 (bounds for both)", "after"), low=2.0, domain="positive"
+)
 def lanczos_is_cheaper(runs: SeedRuns) -> float:
-    """To the same residual of 1%, power iteration takes at least twice the products of Lanczos:
-    median ratio"""
+    """At the edge of stability, power iteration needs at least twice as many Hessian products
+    as Lanczos to reach a residual of 1%: median ratio"""
     run = runs.one(study="edge")
     return float(np.median(run["power_hvps_to_tol"] / run["lanczos_hvps"]))
 
@@ -540,71 +557,79 @@ def lanczos_is_cheaper(runs: SeedRuns) -> float:
     Source("Jensen's inequality gives ratio ≥ 1; the size is ours", "ours"),
     low=1.05,
     headline=True,
+    domain="positive",
 )
 def small_batches_are_sharper(runs: SeedRuns) -> float:
-    """Batches of about 125 examples are sharper than the full batch, by 5% or more on average:
-    ratio"""
+    """The sharpness of batches of about 125 examples is on average at least 5% larger than that
+    of all 1,000 examples: ratio of the mean over batches to the full batch"""
     run = runs.one(study="batches")
     return float(run["mean"][abs(run["size"] - 125).argmin()] / run["mean"][0])
 
 
-@claim(Source("Jensen's inequality", "ours"), low=1.0)
+@claim(Source("Jensen's inequality", "ours"), low=1.0, domain="positive")
 def sharper_at_every_cut(runs: SeedRuns) -> float:
-    """Each finer cut of one partition of the data has a larger mean sharpness: smallest ratio of a
-    level to the one before"""
+    """Cutting the batches of a partition into smaller ones never lowers their mean sharpness:
+    smallest ratio of a level of the partition to the level before"""
     mean = runs.one(study="batches")["mean"]
     return float((mean[1:] / mean[:-1]).min())
 
 
-@claim(Source("Hutchinson 1990, with a t-interval", "after"), 0.92, 0.98)
+@claim(Source("Hutchinson 1990, with a t-interval", "after"), 0.92, 0.98, domain="share")
 def trace_interval_covers(runs: SeedRuns) -> float:
-    """Hutchinson's 95% interval holds the exact trace in 95% of trials: share of trials"""
+    """Hutchinson's 95% interval for the trace of the Hessian contains the exact trace in 95% of
+    trials: share of trials"""
     return coverage(runs.one(study="trace"))
 
 
-@claim(DINH, low=10.0, headline=True)
+@claim(DINH, low=10.0, headline=True, domain="positive")
 def rescaling_changes_sharpness(runs: SeedRuns) -> float:
-    """Scaling the layers of a ReLU network by a and 1/a changes its sharpness tenfold or more:
-    largest over smallest"""
+    """Multiplying the first layer of a ReLU network by a and dividing the last by a, for a
+    between 1/8 and 8, changes the sharpness at least tenfold: largest over smallest sharpness"""
     sharpness = runs.one(study="rescaling")["sharpness"]
     return float(sharpness.max() / sharpness.min())
 
 
 @claim(DINH, high=1e-6)
 def rescaling_keeps_the_function(runs: SeedRuns) -> float:
-    """Scaling the layers of a ReLU network by a and 1/a leaves its outputs on the training images
-    alone: largest change, relative to the largest output"""
+    """Multiplying the first layer of a ReLU network by a and dividing the last by a leaves its
+    outputs on the training images unchanged: largest change, relative to the largest output"""
     return float(runs.one(study="rescaling")["moved"].max())
 
 
-@claim(Source("Gur-Ari et al. 2018 (top subspace of that dimension)", "after"), 0.9, 1.1)
+@claim(
+    Source("Gur-Ari et al. 2018 (top subspace of that dimension)", "after"),
+    0.9,
+    1.1,
+    domain="positive",
+)
 def as_many_outliers_as_classes(runs: SeedRuns) -> float:
-    """In a ReLU network early in training, the largest gap in the top of the spectrum comes after
-    as many eigenvalues as there are classes: place of the gap over classes, mean"""
+    """In a ReLU network early in training, the largest gap among the top eigenvalues of the
+    Hessian comes after as many eigenvalues as there are classes: place of the gap over number
+    of classes, mean"""
     run = runs.one(study="outliers")
     return float((run["relu_place"] / run["classes"]).mean())
 
 
-@claim(CHAPTER_CONTROL, high=0.5, set_after=True, headline=True)
+@claim(CHAPTER_CONTROL, high=0.5, set_after=True, domain="share")
 def outliers_need_training(runs: SeedRuns) -> float:
-    """The gap after as many eigenvalues as classes comes from training, and stands elsewhere in a
-    ReLU network before its first step: share of the numbers of classes for which it stands there
-    already"""
+    """The gap after as many eigenvalues as classes is made by training, so that a ReLU network
+    before its first step has its largest gap elsewhere: share of the numbers of classes for
+    which the gap is there already"""
     run = runs.one(study="outliers")
     return float((run["start_place"] == run["classes"]).mean())
 
 
 @claim(CHAPTER, 0.85, 1.05, set_after=True)
 def outliers_are_a_mean(runs: SeedRuns) -> float:
-    """The outliers of the ReLU network are the part of the Hessian that the mean Jacobian of its
-    outputs makes: its share of the sum of those eigenvalues, mean"""
+    """The outlying eigenvalues of the ReLU network come from the mean Jacobian of its outputs:
+    share of the sum of these eigenvalues that the mean Jacobian accounts for, mean"""
     return float(runs.one(study="outliers")["relu_mean"].mean())
 
 
-@claim(CHAPTER_CONTROL, low=1.25, set_after=True)
+@claim(CHAPTER_CONTROL, low=1.25, set_after=True, domain="positive")
 def outliers_in_tanh(runs: SeedRuns) -> float:
-    """A tanh network, too, shows a gap after as many eigenvalues as there are classes: ratio of
-    eigenvalues number K and K + 1 for K classes, mean"""
+    """A tanh network, too, has a gap in its spectrum after as many eigenvalues as there are
+    classes: ratio of eigenvalues number K and K + 1 for K classes, mean"""
     return float(runs.one(study="outliers")["tanh_step"].mean())
 
 

@@ -234,22 +234,22 @@ ANDRIUSHCHENKO = Source("Andriushchenko & Flammarion 2020", "after")
 
 @claim(WONG, low=40, unit="points", headline=True)
 def one_step_deceives(runs: SeedRuns) -> float:
-    """Trained against FGSM at the largest radius, a network is robust against FGSM alone: by how
-    much its error under PGD is larger, at the epoch where that is most"""
+    """A network trained against FGSM at the largest radius withstands FGSM but not PGD: by how much
+    its error under PGD is larger, at the epoch where that is most"""
     return deception(_at_largest_radius(runs))
 
 
-@claim(Source("Croce & Hein 2020", "after"), low=95, unit="%")
+@claim(Source("Croce & Hein 2020", "after"), low=95, unit="%", domain="share")
 def nothing_is_left(runs: SeedRuns) -> float:
-    """AutoAttack leaves next to nothing of a network trained against FGSM at the largest radius:
-    its error after the last epoch"""
+    """AutoAttack breaks nearly every prediction of a network trained against FGSM at the largest
+    radius: its error after the last epoch"""
     return _autoattack_error(runs, "fgsm", max(runs.config["others"]))
 
 
 @claim(ANDRIUSHCHENKO, high=0.5)
 def linearity_is_lost(runs: SeedRuns) -> float:
-    """The loss is no longer linear where FGSM at the largest radius deceives most: linearity at
-    that epoch over its largest value"""
+    """Where training against FGSM at the largest radius fails most, the loss is no longer linear in
+    the inputs: linearity at that epoch over its largest value"""
     run = _at_largest_radius(runs)
     epoch = int((run["pgd_error"] - run["fgsm_error"]).argmax())
     return float(run["linearity"][epoch] / run["linearity"].max())
@@ -257,42 +257,43 @@ def linearity_is_lost(runs: SeedRuns) -> float:
 
 @claim(ANDRIUSHCHENKO, high=20, unit="points")
 def small_radius_is_spared(runs: SeedRuns) -> float:
-    """At the smallest radius FGSM does not deceive: by how much the error under PGD is larger, at
-    the epoch where that is most"""
+    """At the smallest radius, training against FGSM does not fail in this way: by how much the
+    error under PGD is larger than that under FGSM, at the epoch where that is most"""
     return deception(trained_against(runs, "fgsm", min(runs.config["others"])))
 
 
 @claim(WONG, low=20, unit="points")
 def robustness_is_lost(runs: SeedRuns) -> float:
-    """At the middle radius FGSM training loses robustness that it had: by how much the error under
-    PGD rises again"""
+    """At the middle radius, training against FGSM loses robustness that it had: by how much the
+    error under PGD rises above its lowest value so far"""
     return lost(trained_against(runs, "fgsm"))
 
 
 @claim(CONTROL, high=20, unit="points")
 def pgd_does_not_lose_it(runs: SeedRuns) -> float:
-    """At the middle radius PGD training does not lose robustness that it had: by how much the error
-    under PGD rises again"""
+    """At the middle radius, training against PGD keeps the robustness that it had: by how much the
+    error under PGD rises above its lowest value so far"""
     return lost(trained_against(runs, "pgd"))
 
 
 @claim(WONG, low=0, unit="points")
 def random_start_helps(runs: SeedRuns) -> float:
-    """One step from a random start deceives less than FGSM: by how much"""
+    """At the middle radius, training against one step from a random start is fooled less than
+    training against FGSM: by how much the largest excess of PGD's error over FGSM's is smaller"""
     return deception(trained_against(runs, "fgsm")) - deception(trained_against(runs, "random"))
 
 
 @claim(WONG, low=0, unit="points")
 def random_start_is_more_robust(runs: SeedRuns) -> float:
-    """One step from a random start ends more robust than FGSM: by how much the error under
-    AutoAttack is smaller"""
+    """At the middle radius, training against one step from a random start ends more robust than
+    training against FGSM: by how much the error under AutoAttack is smaller"""
     return _autoattack_error(runs, "fgsm") - _autoattack_error(runs, "random")
 
 
 @claim(WONG, high=5, unit="points")
 def one_step_is_as_good(runs: SeedRuns) -> float:
-    """From a random start one step makes about as robust as PGD: by how much the error under
-    AutoAttack is larger"""
+    """At the middle radius, training against one step from a random start makes a network about as
+    robust as training against PGD: by how much the error under AutoAttack is larger"""
     return _autoattack_error(runs, "random") - _autoattack_error(runs, "pgd")
 
 

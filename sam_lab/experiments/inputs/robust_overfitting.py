@@ -225,58 +225,59 @@ def last_is_less_robust(runs: SeedRuns) -> float:
 @claim(CONTROL, low=0, unit="points")
 def the_other_judge_agrees(runs: SeedRuns) -> float:
     """AutoAttack too finds the last epoch of adversarial training less robust than the best: by how
-    much its error is larger"""
+    much its error under AutoAttack is larger"""
     return rise(runs.base(), "end_autoattack_error")
 
 
 @claim(RICE, high=0, unit="points")
 def training_error_hides_it(runs: SeedRuns) -> float:
-    """On training examples the robust error falls from the best epoch of adversarial training to
-    the last: by how much it is larger"""
+    """On training examples the robust error goes on falling from the best epoch of adversarial
+    training to the last: by how much it is larger at the last"""
     return rise(runs.base(), "train_robust_error")
 
 
-@claim(RICE, high=0, unit="points")
+# A claim of no difference needs a margin: with 0 it could not be reproduced where it is true.
+@claim(RICE, high=1, unit="points", set_after=True)
 def natural_error_hides_it(runs: SeedRuns) -> float:
-    """The natural test error does not rise from the best epoch of adversarial training to the last:
-    by how much it is larger"""
+    """The natural test error rises by no more than a point from the best epoch of adversarial
+    training to the last: by how much it is larger at the last"""
     return rise(runs.base(), "end_natural_error")
 
 
-@claim(RICE, 0.5, 0.75)
+@claim(RICE, 0.5, 0.75, domain="share")
 def best_is_after_the_first_drop(runs: SeedRuns) -> float:
     """The best epoch of adversarial training lies between the first drop of the learning rate and
-    the second: share of the epochs"""
+    the second: its place, as a share of the epochs"""
     best, last = runs.base()["end_epoch"]
     return float(best / last)
 
 
 @claim(RICE, high=0.5, unit="points")
 def natural_training_does_not(runs: SeedRuns) -> float:
-    """Training without attack does not overfit in this way: by how much its natural error is larger
-    at the last epoch than at its best"""
+    """Training without an attack does not lose at its end what it had won: by how much its natural
+    error is larger at the last epoch than at its best"""
     return rise(runs.base(attacked=False), "end_natural_error")
 
 
 @claim(OURS, low=0, unit="points")
 def more_data_helps(runs: SeedRuns) -> float:
-    """With more examples the robust error rises less from the best epoch to the last: by how
-    much"""
+    """With more training examples, the robust error of adversarial training rises less from its
+    best epoch to the last: by how much less"""
     more = runs.base(examples=runs.config["examples"][-1])
     return rise(runs.base(), "end_pgd_error") - rise(more, "end_pgd_error")
 
 
 @claim(Source("Wu et al. 2020, with SAM's ball", "after"), low=0, unit="points")
 def sam_helps(runs: SeedRuns) -> float:
-    """With SAM around adversarial training the robust error rises less from the best epoch to the
-    last: by how much"""
+    """With SAM, the robust error of adversarial training rises less from its best epoch to the
+    last: by how much less than without SAM"""
     return rise(runs.base(), "end_pgd_error") - rise(_with_sam(runs), "end_pgd_error")
 
 
 @claim(RICE, high=1, unit="points")
 def stopping_is_as_good(runs: SeedRuns) -> float:
-    """Adversarial training without SAM is at its best epoch about as robust as with SAM at its
-    last: by how much its error under AutoAttack is larger"""
+    """Adversarial training without SAM, stopped at its best epoch, is about as robust as with SAM
+    at its last: by how much its error under AutoAttack is larger"""
     best, _ = runs.base()["end_autoattack_error"]
     _, last = _with_sam(runs)["end_autoattack_error"]
     return float(100 * (best - last))

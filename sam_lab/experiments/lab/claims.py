@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sam_lab.experiments.lab.result import Result, SeedRuns
-from sam_lab.experiments.lab.statistics import t_interval
+from sam_lab.experiments.lab.statistics import (
+    DOMAINS,
+    Estimate,
+    Ratio,
+    fieller,
+    mean_interval,
+)
 from sam_lab.experiments.lab.table import Table
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "OURS",
     "Claim",
     "Criterion",
+    "NotApplicable",
     "Source",
     "Verdict",
     "claim",
@@ -31,17 +38,25 @@ __all__ = [
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 INCONCLUSIVE = "inconclusive"
+DOES_NOT_APPLY = "does not apply"
 
 MIN_SEEDS = 3
 
 KINDS = {
     "paper": "a sentence of the paper, checked against its text",
     "code": "read in the authors' code",
-    "after": "our reading of a paper",
-    "ours": "this book's own",
+    "after": "our reading of a paper, not a sentence that we could check in its text",
+    "ours": "this book's own, even where a paper gave the occasion",
     "control": "a control, which would come out otherwise if a finding were an artefact",
 }
 """How far a statement may be charged to its source."""
+
+
+class NotApplicable(Exception):
+    """Raised by a statistic when a seed's runs do not meet the condition of its claim.
+
+    The message says what is the case instead, such as ``the run starts beyond its edge``.
+    """
 
 
 @dataclass(frozen=True)
@@ -98,20 +113,24 @@ class Criterion:
 class Claim:
     """A statement that runs can decide; :func:`claim` makes one of a function.
 
-    Calling it gives the statistic: ``claim(runs)`` is one number for one seed's runs.
+    Calling it gives the statistic: ``claim(runs)`` is one number for one seed's runs, or a `Ratio`.
 
     Attributes:
         id: short name, unique within its experiment.
         statement: what is claimed, in one sentence.
         source: where it is claimed.
         criterion: where the statistic has to lie for the claim to hold.
-        statistic: maps the `SeedRuns` of a seed to a number.
+        statistic: maps the `SeedRuns` of a seed to a number, or to a `Ratio` where the claim is on
+            a ratio of means over seeds. It raises `NotApplicable` where the claim has no sense.
         unit: of the statistic, ``""`` for a ratio or a count.
         set_after: whether the criterion was set after the first data were seen.
         headline: whether it is among the few that its chapter opens with.
+        domain: where the statistic can lie, one of `DOMAINS`; the interval keeps to it.
+        undefined: of a claim on a `Ratio`, what is the case where its denominator cannot be told
+            from zero, such as ``SAM was no flatter than SGD here``.
 
     Raises:
-        ValueError: an id that is no short name, or no statement.
+        ValueError: an id that is no short name, no statement, or an unknown domain.
         TypeError: a source or a criterion of another type.
     """
 
@@ -119,16 +138,23 @@ class Claim:
     statement: str
     source: Source
     criterion: Criterion
-    statistic: Callable[[SeedRuns], float] = field(repr=False, compare=False)
+    statistic: Callable[[SeedRuns], float | Ratio] = field(repr=False, compare=False)
     unit: str = ""
     set_after: bool = False
     headline: bool = False
+    domain: str = "real"
+    undefined: str = "the denominator cannot be told from zero"
 
     def __post_init__(self) -> None:
         if not self.id or self.id != self.id.strip():
             raise ValueError(f"claim id must be a short name, got {self.id!r}")
         if not self.statement:
             raise ValueError(f"claim {self.id!r} needs a statement")
+        if self.domain not in DOMAINS:
+            raise ValueError(
+                f"claim {self.id!r}: domain must be one of {', '.join(DOMAINS)}, "
+                f"got {self.domain!r}"
+            )
         for name, kind in (("source", Source), ("criterion", Criterion)):
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -136,8 +162,9 @@ class Claim:
                     f"claim {self.id!r}: {name} must be a {kind.__name__}, got {value!r}"
                 )
 
-    def __call__(self, runs: SeedRuns) -> float:
-        return float(self.statistic(runs))
+    def __call__(self, runs: SeedRuns) -> float | Ratio:
+        value = self.statistic(runs)
+        return Ratio(*map(float, value)) if isinstance(value, Ratio) else float(value)
 
     @property
     def criterion_in_words(self) -> str:
@@ -149,57 +176,119 @@ class Claim:
 
         Args:
             suffix: of its id.
-            begins: how its statement begins.
+            begins: how its statement begins, up to the space before the rest.
         """
+        first, second = self.statement[0], self.statement[1:2]
+        # "After" goes on in small letters, "SAM" does not.
+        small = first.lower() if second.islower() or second == " " else first
         return dataclasses.replace(
             self,
             id=f"{self.id}-{suffix}",
-            statement=begins + self.statement,
+            statement=f"{begins}{small}{self.statement[1:]}",
             statistic=lambda runs: self(runs.where(**settings)),
         )
 
     def judge(self, result: Result) -> Verdict:
         """The verdict of ``result``'s seeds on this claim.
 
-        *Reproduced* when the whole 95% t-interval of the mean over seeds lies inside the criterion,
-        *not reproduced* when it lies wholly outside, *inconclusive* otherwise: also with fewer than
-        three seeds, or when the statistic fails or is not finite.
+        *Reproduced* when the whole 95% interval lies inside the criterion, *not reproduced* when it
+        lies wholly outside, *inconclusive* otherwise: also with fewer than three seeds, or when the
+        statistic fails, is not finite or leaves its domain.
+
+        The interval is that of the mean over seeds (`mean_interval`), or of the ratio of two means
+        (`fieller`). *Does not apply* where that ratio is not defined, or where the statistic raises
+        `NotApplicable` for more than half of the seeds. Where it does for fewer, the claim is
+        inconclusive: a mean over the seeds that are left would be one over a selection.
+
+        Raises:
+            ImportError: SciPy, or what a statistic needs, is not installed.
         """
-        values = []
-        for runs in result.by_seed():
+        values: list[float | Ratio] = []
+        refusals: list[str] = []
+        everything = result.by_seed()
+        for runs in everything:
             try:
                 value = self(runs)
+            except NotApplicable as why:
+                refusals.append(str(why))
+            except ImportError:
+                raise
             except Exception as error:  # a fault in one statistic must not hide the others
-                return self._undecided(f"the statistic failed: {type(error).__name__}: {error}")
-            # Runs hold six significant digits: a verdict must not hang on more.
-            values.append(math.nan if math.isnan(value) else float(f"{value:.6g}"))
-        if not values:
-            return self._undecided("there is no run")
-        strange = sum(not math.isfinite(value) for value in values)
+                reason = f"the statistic failed: {type(error).__name__}: {error}"
+                return self._undecided(len(everything), reason)
+            else:
+                rounded = Ratio(*map(_six, value)) if isinstance(value, Ratio) else _six(value)
+                values.append(rounded)
+        n = len(everything)
+        if not n:
+            return self._undecided(n, "there is no run")
+        if refusals:
+            reason = "; ".join(dict.fromkeys(refusals))
+            if 2 * len(refusals) > n:
+                where = "" if len(refusals) == n else f" in {len(refusals)} of {n} seeds"
+                return self._undecided(n, f"{reason}{where}", verdict=DOES_NOT_APPLY)
+            return self._undecided(
+                n, f"it does not apply in {len(refusals)} of {n} seeds: {reason}", values
+            )
+        strange = sum(not _finite(value) for value in values)
         if strange:
-            return self._undecided(f"{strange} of {len(values)} values are not finite", values)
+            return self._undecided(n, f"{strange} of {n} values are not finite", values)
         return self._weigh(values)
 
-    def _weigh(self, values: list[float]) -> Verdict:
-        mean = math.fsum(values) / len(values)
-        interval = t_interval(values) if len(values) > 1 else None
-        verdict, reason = INCONCLUSIVE, ""
-        if interval is None or len(values) < MIN_SEEDS:
+    def _weigh(self, values: list[float | Ratio]) -> Verdict:
+        n = len(values)
+        if n == 1:
+            (value,) = values
+            mean = value.quotient if isinstance(value, Ratio) else value
             reason = f"at least {MIN_SEEDS} seeds are needed"
-        elif self.criterion.low <= interval[0] and interval[1] <= self.criterion.high:
+            return Verdict(self, tuple(values), n, mean, None, INCONCLUSIVE, reason)
+        try:
+            found = self._estimate(values)
+        except ValueError as error:
+            return self._undecided(n, str(error), values)
+        if found is None:
+            if n < MIN_SEEDS:
+                return self._undecided(n, f"at least {MIN_SEEDS} seeds are needed", values)
+            return self._undecided(n, f"undefined: {self.undefined}", values, DOES_NOT_APPLY)
+        mean, low, high = found
+        verdict, reason = INCONCLUSIVE, ""
+        if n < MIN_SEEDS:
+            reason = f"at least {MIN_SEEDS} seeds are needed"
+        elif self.criterion.low <= low and high <= self.criterion.high:
             verdict = REPRODUCED
-        elif interval[1] < self.criterion.low or interval[0] > self.criterion.high:
+        elif high < self.criterion.low or low > self.criterion.high:
             verdict = NOT_REPRODUCED
         else:
             reason = "the interval crosses the criterion's bound"
-        ordered = sorted(values)
-        middle = len(ordered) // 2
-        median = (ordered[middle] + ordered[~middle]) / 2
-        return Verdict(self, tuple(values), mean, median, interval, verdict, reason)
+        return Verdict(self, tuple(values), n, mean, (low, high), verdict, reason)
 
-    def _undecided(self, reason: str, values: Iterable[float] = ()) -> Verdict:
+    def _estimate(self, values: list[float | Ratio]) -> Estimate | None:
+        pairs = [value for value in values if isinstance(value, Ratio)]
+        numbers = [value for value in values if not isinstance(value, Ratio)]
+        if pairs and numbers:
+            raise ValueError("the statistic is a number for one seed and a ratio for another")
+        if pairs:
+            return fieller(pairs)
+        return mean_interval(numbers, self.domain, 100.0 if self.unit == "%" else 1.0)
+
+    def _undecided(
+        self,
+        n: int,
+        reason: str,
+        values: Iterable[float | Ratio] = (),
+        verdict: str = INCONCLUSIVE,
+    ) -> Verdict:
         words = " ".join(reason.split())
-        return Verdict(self, tuple(values), math.nan, math.nan, None, INCONCLUSIVE, words)
+        return Verdict(self, tuple(values), n, math.nan, None, verdict, words)
+
+
+def _six(value: float) -> float:
+    """Six significant digits, as in the runs: a verdict must not hang on more."""
+    return math.nan if math.isnan(value) else float(f"{value:.6g}")
+
+
+def _finite(value: float | Ratio) -> bool:
+    return all(map(math.isfinite, value if isinstance(value, Ratio) else (value,)))
 
 
 def claim(
@@ -212,7 +301,9 @@ def claim(
     id: str | None = None,
     set_after: bool = False,
     headline: bool = False,
-) -> Callable[[Callable[[SeedRuns], float]], Claim]:
+    domain: str = "real",
+    undefined: str = "the denominator cannot be told from zero",
+) -> Callable[[Callable[[SeedRuns], float | Ratio]], Claim]:
     """Make a claim of the function below: its statistic, a number for one seed's runs.
 
     Args:
@@ -223,6 +314,9 @@ def claim(
         id: the function's name, its underscores hyphens, unless given.
         set_after: whether the criterion was set after the first data were seen.
         headline: whether it is among the few that its chapter opens with.
+        domain: ``"positive"`` for a statistic above 0, ``"share"`` for one from 0 to 1 (from 0 to
+            100 where the unit is %), so that the interval keeps to it.
+        undefined: of a claim on a `Ratio`, what is the case where it has no sense.
 
     Example:
         >>> @claim(Source("Cohen et al. 2021", "after"), 0.9, 1.1)
@@ -233,7 +327,7 @@ def claim(
         ('hovers', '0.9 to 1.1')
     """
 
-    def make(statistic: Callable[[SeedRuns], float]) -> Claim:
+    def make(statistic: Callable[[SeedRuns], float | Ratio]) -> Claim:
         return Claim(
             id or statistic.__name__.strip("_").replace("_", "-"),
             " ".join((statement or statistic.__doc__ or "").split()),
@@ -243,6 +337,8 @@ def claim(
             unit,
             set_after,
             headline,
+            domain,
+            undefined,
         )
 
     return make
@@ -253,41 +349,56 @@ class Verdict:
     """What the seeds say about one claim.
 
     Attributes:
-        values: the statistic, one number per seed, in the order of the result's seeds.
-        interval: 95% Student-t interval for the mean over seeds; None where there is none
-            (fewer than two values, or a value that is not finite).
-        verdict: ``"reproduced"``, ``"not reproduced"`` or ``"inconclusive"``.
-        reason: why it is inconclusive; empty otherwise.
+        values: the statistic, one a seed, in the order of the result's seeds; empty where it
+            failed. Seeds to which the claim does not apply have none.
+        n: how many seeds the result has.
+        mean: the mean over seeds: the arithmetic one, or what the claim's domain has in its place
+            (see `mean_interval`), or the ratio of two means; NaN where there is none.
+        interval: its 95% interval; None where there is none.
+        verdict: ``"reproduced"``, ``"not reproduced"``, ``"inconclusive"`` or ``"does not apply"``.
+        reason: why it is one of the last two; empty otherwise.
     """
 
     claim: Claim
-    values: tuple[float, ...]
+    values: tuple[float | Ratio, ...]
+    n: int
     mean: float
-    median: float
     interval: tuple[float, float] | None
     verdict: str
     reason: str = ""
 
     @property
     def measured(self) -> str:
-        """Mean over seeds, its interval and the unit, such as ``1.01 [0.98, 1.04]``."""
-        if not self.values:
+        """Mean over seeds, its interval and the unit, such as ``1.01 [0.98, 1.04]``.
+
+        Equal values have no interval: ``1 in every seed``.
+        """
+        if math.isnan(self.mean):
             return "no value"
         unit = f" {self.claim.unit}" if self.claim.unit else ""
         if self.interval is None:
             return f"{self.mean:.3g}{unit}"
+        if self.interval[0] == self.interval[1]:
+            return f"{self.mean:.6g}{unit} in every seed"
         mean, low, high = _aligned(self.mean, *self.interval)
         return f"{mean} [{low}, {high}]{unit}"
 
     @property
     def seeds(self) -> str:
         """How many seeds it rests on, such as ``3 seeds``."""
-        return f"{len(self.values)} seed{'' if len(self.values) == 1 else 's'}"
+        return f"{self.n} seed{'' if self.n == 1 else 's'}"
 
     @property
     def explained(self) -> str:
         """The verdict, followed by the reason where there is one."""
         return f"{self.verdict} ({self.reason})" if self.reason else self.verdict
+
+    @property
+    def summary(self) -> str:
+        """All of it, such as ``1.01 [0.98, 1.04] (3 seeds): reproduced``."""
+        if math.isnan(self.mean):
+            return f"{self.explained}; {self.seeds}"
+        return f"{self.measured} ({self.seeds}): {self.explained}"
 
 
 def claims_table(verdicts: Iterable[Verdict], scale: str) -> Table:
@@ -308,7 +419,7 @@ def claims_table(verdicts: Iterable[Verdict], scale: str) -> Table:
 def _aligned(mean: float, low: float, high: float) -> list[str]:
     """The three with the same decimals: two significant digits of the interval's half width."""
     half, largest = (high - low) / 2, max(abs(low), abs(high))
-    if half < 1e-4 or largest >= 1e6:
+    if largest < 1e-3 or largest >= 1e6:
         return [f"{value:.3g}" for value in (mean, low, high)]
-    decimals = max(0, 1 - math.floor(math.log10(half)))
+    decimals = min(max(0, 1 - math.floor(math.log10(half))), 6)
     return [f"{value:.{decimals}f}" for value in (mean, low, high)]

@@ -16,7 +16,7 @@ from sam_lab.experiments.lab.experiment import Experiment
 from sam_lab.experiments.lab.result import Result
 from sam_lab.experiments.lab.table import Table
 
-__all__ = ["ExperimentError", "broken", "get", "judge", "names", "table"]
+__all__ = ["ExperimentError", "broken", "get", "judge", "names", "part", "table"]
 
 
 class ExperimentError(ValueError):
@@ -47,6 +47,15 @@ def get(name: str) -> Experiment:
     raise ExperimentError(f"no experiment {name!r}; there are {', '.join(sorted(found)) or 'none'}")
 
 
+def part(name: str) -> str:
+    """The part of the book to which an experiment belongs, by its folder, such as ``late``."""
+    package = _package()
+    for path in _modules(package, {}):
+        if path.rpartition(".")[2] == name:
+            return path.removeprefix(f"{package.__name__}.").rpartition(".")[0]
+    return ""
+
+
 def judge(result: Result) -> list[Verdict]:
     """The verdicts that a result's runs give on the claims of its experiment as they stand now.
 
@@ -62,7 +71,7 @@ def table(result: Result) -> Table:
 
 
 def _registry() -> tuple[dict[str, Experiment], dict[str, str]]:
-    package = importlib.import_module(__package__.rpartition(".")[0])  # of which this is a part
+    package = _package()
     found: dict[str, Experiment] = {}
     failed: dict[str, str] = {}
     for path in _modules(package, failed):
@@ -81,6 +90,10 @@ def _registry() -> tuple[dict[str, Experiment], dict[str, str]]:
         except Exception as error:  # one experiment that is broken must not hide the others
             failed[name] = f"{type(error).__name__}: {error}"
     return found, failed
+
+
+def _package() -> ModuleType:
+    return importlib.import_module(__package__.rpartition(".")[0])  # of which this is a part
 
 
 def _modules(package: ModuleType, failed: dict[str, str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,11 +10,58 @@ from pathlib import Path
 
 from sam_lab.experiments.lab.claims import KINDS, Claim, Verdict
 from sam_lab.experiments.lab.experiment import SCALES, Experiment, config_dict
-from sam_lab.experiments.lab.registry import broken, get, names
+from sam_lab.experiments.lab.registry import broken, get, names, part
 from sam_lab.experiments.lab.result import Result, ResultError, command
-from sam_lab.experiments.lab.table import Table
+from sam_lab.experiments.lab.table import Bullets, Table
 
-__all__ = ["Ledger", "ledger", "side_by_side"]
+__all__ = [
+    "Ledger",
+    "LedgerCell",
+    "LedgerRow",
+    "headlines",
+    "ledger",
+    "ledger_rows",
+    "side_by_side",
+]
+
+
+@dataclass(frozen=True)
+class LedgerCell:
+    """What one scale says about one claim.
+
+    Attributes:
+        measured, seeds, verdict, explained, summary: as those of `Verdict`.
+    """
+
+    measured: str
+    seeds: str
+    verdict: str
+    explained: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """A claim as the ledger shows it, in plain text.
+
+    Attributes:
+        experiment, title: name and title of its experiment.
+        part: folder of its part of the book: ``edge``, ``sam``, ``late`` or ``inputs``.
+        id, statement, source, kind, criterion, set_after, headline: as those of `Claim`.
+        cells: for each scale that the experiment has, what was found; None where it was not run.
+    """
+
+    experiment: str
+    title: str
+    part: str
+    id: str
+    statement: str
+    source: str
+    kind: str
+    criterion: str
+    set_after: bool
+    headline: bool
+    cells: dict[str, LedgerCell | None]
 
 
 @dataclass(frozen=True)
@@ -30,6 +78,26 @@ class Ledger:
     problems: list[str] = field(default_factory=list)
     out: str = "book/results"
 
+    def rows(self) -> list[LedgerRow]:
+        """The same in plain text, one row a claim."""
+        parts = {name: part(name) for name in {one.name for one, _, _ in self.entries}}
+        return [
+            LedgerRow(
+                experiment.name,
+                experiment.title,
+                parts[experiment.name],
+                claim.id,
+                claim.statement,
+                claim.source.text,
+                claim.source.kind,
+                claim.criterion_in_words,
+                claim.set_after,
+                claim.headline,
+                {scale: _in_a_cell(verdict) for scale, verdict in verdicts.items()},
+            )
+            for experiment, claim, verdicts in self.entries
+        ]
+
     def tables(self) -> list[tuple[str, Table]]:
         """For each experiment its title and its claims, one row a claim, one column a scale.
 
@@ -38,19 +106,19 @@ class Ledger:
         """
         grouped: dict[str, list[list[str]]] = {}
         headers: dict[str, list[str]] = {}
-        for experiment, claim, verdicts in self.entries:
-            grouped.setdefault(experiment.title, []).append(
+        for row in self.rows():
+            grouped.setdefault(row.title, []).append(
                 [
-                    f"**{claim.statement}**" if claim.headline else claim.statement,
-                    claim.source.text,
-                    claim.source.kind,
-                    claim.criterion_in_words,
-                    "after" if claim.set_after else "before",
-                    *(_found(verdict) for verdict in verdicts.values()),
+                    f"**{row.statement}**" if row.headline else row.statement,
+                    row.source,
+                    row.kind,
+                    row.criterion,
+                    "after" if row.set_after else "before",
+                    *(cell.summary if cell else "not yet run" for cell in row.cells.values()),
                 ]
             )
-            scales = [scale.capitalize() for scale in verdicts]
-            headers[experiment.title] = [
+            scales = [scale.capitalize() for scale in row.cells]
+            headers[row.title] = [
                 *("Statement", "Source", "Kind", "Criterion", "Set"),
                 *scales,
             ]
@@ -63,7 +131,10 @@ class Ledger:
             f"**Kind** says how far a statement may be charged to its source. {kinds}.\n\n"
             "**Set** says whether the criterion was set before or after the first data were seen. "
             "A statement in bold is a headline of its chapter. A cell gives the mean over seeds, "
-            "its 95% interval, the number of seeds, and the verdict."
+            "its 95% interval, the number of seeds, and the verdict. The mean of a positive number "
+            "is the geometric one, and intervals keep to the range of what they measure. A claim "
+            "does not apply where its condition is not met, or where it asks for a share of a "
+            "difference that is not there."
         )
 
     def notes(self) -> list[str]:
@@ -94,13 +165,17 @@ class Ledger:
         return str(self)
 
 
-def _found(verdict: Verdict | None) -> str:
+def _in_a_cell(verdict: Verdict | None) -> LedgerCell | None:
     if verdict is None:
-        return "not yet run"
-    return f"{verdict.measured} ({verdict.seeds}): {verdict.explained}"
+        return None
+    return LedgerCell(
+        verdict.measured, verdict.seeds, verdict.verdict, verdict.explained, verdict.summary
+    )
 
 
 def _briefly(verdict: Verdict) -> str:
+    if math.isnan(verdict.mean):
+        return verdict.verdict
     return f"{verdict.measured}: {verdict.verdict}"
 
 
@@ -123,6 +198,47 @@ def side_by_side(results: Mapping[str, Result]) -> Table:
         for id, words in statements.items()
     ]
     return Table(["Statement", *results], rows)
+
+
+def headlines(*results: Result) -> Bullets:
+    """The headline claims of these results as sentences: what is claimed, and what was found.
+
+    A statement that several results decide (the same task at another scale, or another task)
+    stands once, with a point for each result below it. Intervals are 95% intervals over seeds.
+
+    Raises:
+        ExperimentError: a result whose experiment is not known.
+    """
+    found: dict[tuple[str, str], list[tuple[Result, Verdict]]] = {}
+    for result in results:
+        for verdict in get(result.experiment).judge(result):
+            if verdict.claim.headline:
+                key = verdict.claim.statement, verdict.claim.criterion_in_words
+                found.setdefault(key, []).append((result, verdict))
+    items: list[tuple[str, list[str]]] = []
+    for (statement, criterion), judged in found.items():
+        text = f"{statement} (criterion: {criterion})."
+        if len(judged) == 1:
+            items.append((f"{text} Measured: {_point(*judged[0])}", []))
+            continue
+        titles = [get(result.experiment).title for result, _ in judged]
+        heads = [f"{title}: " if len(set(titles)) > 1 else "" for title in titles]
+        points = [head + _point(*one) for head, one in zip(heads, judged, strict=True)]
+        items.append((text, points))
+    return Bullets(items)
+
+
+def _point(result: Result, verdict: Verdict) -> str:
+    where = f"{verdict.seeds}, {result.scale} scale"
+    if math.isnan(verdict.mean):
+        return f"no value ({where}): **{verdict.verdict}**, {verdict.reason}."
+    why = f", as {verdict.reason}" if verdict.reason else ""
+    return f"{verdict.measured} ({where}): **{verdict.verdict}**{why}."
+
+
+def ledger_rows(directory: str | os.PathLike[str]) -> list[LedgerRow]:
+    """The rows of the ledger of a folder of results, in plain text."""
+    return ledger(directory).rows()
 
 
 def ledger(directory: str | os.PathLike[str], out: str = "book/results") -> Ledger:

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-__all__ = ["Table"]
+__all__ = ["Bullets", "Table"]
 
 
 class Table:
@@ -36,6 +36,35 @@ class Table:
                 )
             blocks.append("\n".join(lines))
         return "\n\n".join([*blocks, *self.notes]) or "nothing to show"
+
+
+class Bullets:
+    """Sentences that show as a Markdown list, each with points of its own below it, or none."""
+
+    def __init__(self, items: Iterable[tuple[str, list[str]]], notes: Iterable[str] = ()) -> None:
+        self.items, self.notes = list(items), list(notes)
+
+    def _repr_markdown_(self) -> str:
+        lines = []
+        for text, points in self.items:
+            lines.append(f"- {text}")
+            lines += [f"  - {point}" for point in points]
+        return "\n\n".join(["\n".join(lines), *self.notes])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        """The same as text, without Markdown's stars, for a terminal."""
+        blocks = []
+        for text, points in self.items:
+            lines = [("- ", text), *(("  - ", point) for point in points)]
+            for head, words in lines:
+                plain, indent = words.replace("*", ""), " " * len(head)
+                blocks.append(
+                    textwrap.fill(plain, 100, initial_indent=head, subsequent_indent=indent)
+                )
+        return "\n".join([*blocks, *self.notes]) or "nothing to show"
 
 
 def _cell(text: str) -> str:

@@ -57,6 +57,8 @@ from sam_lab.training import squared_error
 ZHOU = Source("Zhou et al. 2025", "after")
 # Its abstract: SAM escapes exponentially fast, then converges rapidly to a flatter minimum.
 ABSTRACT = Source("Zhou et al. 2025", "paper")
+FACTOR = Source("Zhou et al. 2025 (direction; the factor is ours)", "after")
+OUR_ZHOU = Source("this book, after Zhou et al. 2025", "ours")
 
 RULES: dict[str, Rule] = {"sam": sam, "unnormalized": unnormalized, "random": random_direction}
 CONTROLS = ("descent", "ascent")
@@ -472,17 +474,17 @@ def _exponential_over_power(run: Run, column: str) -> float:
     return exponential / power
 
 
-@claim(ZHOU, low=2.0)
+@claim(ZHOU, low=2.0, domain="positive")
 def sam_escapes(runs: SeedRuns) -> float:
-    """After the switch to SAM the training loss rises: highest over that of the start, at the
-    radius where it rises least"""
+    """After the switch from gradient descent to SAM, the training loss at least doubles: highest
+    loss over the loss at the switch, at the radius where it rises least"""
     return min(map(_peak, runs_of(runs, "sam")))
 
 
 @claim(CONTROL, high=0.05)
 def controls_stay(runs: SeedRuns) -> float:
     """Neither gradient descent nor random perturbations of SAM's length make the training loss
-    rise: their highest rise as a share of SAM's"""
+    rise: their highest rise over SAM's, the larger of the two"""
     beside = runs_of(runs, "sam")[-1]  # of the same, the largest, radius
     controls = (runs_of(runs, rule)[0] for rule in ("descent", "random"))
     return max((_peak(run) - 1) / (_peak(beside) - 1) for run in controls)
@@ -490,36 +492,41 @@ def controls_stay(runs: SeedRuns) -> float:
 
 @claim(ZHOU, 0.9, 1.1, headline=True)
 def unnormalized_rate(runs: SeedRuns) -> float:
-    """The rise of the unnormalised rule has the rate that linear stability predicts from the
-    sharpness at the start: fitted exponent over predicted, at the radius where farthest from 1"""
+    """The unnormalised rule escapes at the rate that linear stability predicts from the sharpness
+    at the switch: fitted exponent over predicted exponent, at the radius where it is farthest from
+    1"""
     return farthest_from_one(_over_predicted(runs, run) for run in runs_of(runs, "unnormalized"))
 
 
 @claim(ZHOU, 0.8, 1.25)
 def unnormalized_exponential(runs: SeedRuns) -> float:
-    """The rise of the unnormalised rule is exponential, of one rate from beginning to end: mean
-    exponent in the second half of its steps over the first, at the radius where farthest from 1"""
+    """Under the unnormalised rule the escape is exponential, at one rate from beginning to end:
+    mean exponent in the second half of its steps over that in the first half, at the radius where
+    it is farthest from 1"""
     return farthest_from_one(map(_constancy, runs_of(runs, "unnormalized")))
 
 
 @claim(ABSTRACT, 0.8, 1.25, headline=True)
 def normalized_exponential(runs: SeedRuns) -> float:
-    """The rise of SAM as it is used, with normalised perturbations, is exponential: mean exponent
-    in the second half of its steps over the first, at the radius where farthest from 1"""
+    """Under SAM as it is used, with normalised perturbations, the escape is exponential: mean
+    exponent in the second half of its steps over that in the first half, at the radius where it is
+    farthest from 1"""
     return farthest_from_one(map(_constancy, runs_of(runs, "sam")))
 
 
-@claim(CONTROL, high=0.5)
+@claim(CONTROL, high=0.5, domain="positive")
 def step_by_step(runs: SeedRuns) -> float:
-    """SAM's rise goes step by step by |1 - lr λ (1 + rho λ/|g|)| with the |g| of the step: error of
-    its exponents over that of the best constant one, at the radius where largest"""
+    """Each step of SAM's escape multiplies the gradient along the top eigenvector by |1 - lr λ (1 +
+    rho λ/|g|)|, with the |g| of that step: error of these exponents over that of the best constant
+    one, at the radius where it is largest"""
     return max(_step_by_step(runs, run) for run in runs_of(runs, "sam"))
 
 
-@claim(ZHOU, 0.5, 2.0)
+@claim(OUR_ZHOU, 0.5, 2.0, domain="positive")
 def foretold(runs: SeedRuns) -> float:
-    """The second-order model of the loss at the start foretells the rise of both rules: height at
-    the end of the rise over the model's, at the setting where farthest from 1"""
+    """The second-order model of the loss at the switch predicts how far both rules escape: gradient
+    along the top eigenvector at the end of the escape, measured over predicted, at the setting
+    where it is farthest from 1"""
     ratios = []
     for rule in ("sam", "unnormalized"):
         on_network, on_model = (runs_of(runs, rule, loss=loss) for loss in ("network", "quadratic"))
@@ -529,38 +536,39 @@ def foretold(runs: SeedRuns) -> float:
     return farthest_from_one(ratios)
 
 
-@claim(ABSTRACT, high=0.2)
+@claim(FACTOR, high=0.2, domain="positive")
 def falls(runs: SeedRuns) -> float:
     """After SAM's escape the loss falls fast: steps until nine tenths of the rise are gone, over
-    the steps that led to the start, at the radius where largest"""
+    the steps before the switch, at the radius where it is largest"""
     return max(_fall(runs, run) for run in runs_of(runs, "sam"))
 
 
-@claim(ZHOU, high=1.25)
+@claim(OUR_ZHOU, high=1.25, domain="positive")
 def back(runs: SeedRuns) -> float:
-    """After SAM's escape the loss comes back to where it was: final loss over that of the start, at
-    the radius where largest"""
+    """After SAM's escape the loss returns to its value at the switch: final loss over the loss at
+    the switch, at the radius where it is largest"""
     return max(map(_final_loss, runs_of(runs, "sam")))
 
 
-@claim(ZHOU, high=1.25)
+@claim(OUR_ZHOU, high=1.25, domain="positive")
 def unnormalized_back(runs: SeedRuns) -> float:
-    """With the unnormalised rule, whose perturbation shrinks with the gradient, the loss comes back
-    to where it was: final loss over that of the start, at the radius where largest"""
+    """Under the unnormalised rule, whose perturbation shrinks with the gradient, the loss returns
+    to its value at the switch: final loss over the loss at the switch, at the radius where it is
+    largest"""
     return max(map(_final_loss, runs_of(runs, "unnormalized")))
 
 
-@claim(ABSTRACT, high=0.8)
+@claim(ABSTRACT, high=0.8, domain="positive")
 def flatter(runs: SeedRuns) -> float:
-    """SAM ends flatter: final sharpness over that of gradient descent after as many steps, at the
-    radius where largest"""
+    """SAM ends flatter than gradient descent after as many steps: final sharpness, SAM's over
+    gradient descent's, at the radius where it is largest"""
     return _flatter(runs, "full")
 
 
-@claim(ZHOU, 0.9, 1.1)
+@claim(OUR_ZHOU, 0.9, 1.1, domain="positive")
 def at_its_edge(runs: SeedRuns) -> float:
-    """The unnormalised rule ends where linear stability says that it can stay: final sharpness over
-    its edge, at the radius where farthest from 1"""
+    """The unnormalised rule ends at its own edge of linear stability: final sharpness over that
+    edge, at the radius where it is farthest from 1"""
     lr = learning_rate(runs.config)
     return farthest_from_one(
         _final(run, "sharpness") / sam_edge(lr, run.settings["rho"], 1.0)
@@ -568,24 +576,24 @@ def at_its_edge(runs: SeedRuns) -> float:
     )
 
 
-@claim(ZHOU, high=1.0)
+@claim(OUR_ZHOU, high=1.0, domain="positive")
 def exponential_sharpness(runs: SeedRuns) -> float:
-    """The sharpness settles exponentially rather than by a power law: residual of the former over
-    that of the latter, at the radius where largest"""
+    """After SAM's escape the sharpness settles exponentially rather than by a power law: residual
+    of the exponential over that of the power law, at the radius where it is largest"""
     return max(_exponential_over_power(run, "sharpness") for run in runs_of(runs, "sam"))
 
 
-@claim(ZHOU, high=1.0)
+@claim(ZHOU, high=1.0, domain="positive")
 def exponential_loss(runs: SeedRuns) -> float:
-    """The training loss settles exponentially rather than by a power law: residual of the former
-    over that of the latter, at the radius where largest"""
+    """After SAM's escape the training loss settles exponentially rather than by a power law:
+    residual of the exponential over that of the power law, at the radius where it is largest"""
     return max(_exponential_over_power(run, "typical") for run in runs_of(runs, "sam"))
 
 
-@claim(ZHOU, low=2.0)
+@claim(ZHOU, low=2.0, domain="positive")
 def minibatch_escapes(runs: SeedRuns) -> float:
-    """With minibatches, from the solution of SGD, the loss rises too: highest over that of SGD
-    going on, at the radius where least"""
+    """With minibatches too, the training loss rises after the switch from SGD to SAM: highest loss
+    over that of SGD that goes on, at the radius where it is smallest"""
     descent = runs_of(runs, "descent", "minibatch")[0]["highest"].max()
     rises = [run["highest"].max() / descent for run in runs_of(runs, "sam", "minibatch")]
     return float(min(rises))
@@ -593,24 +601,25 @@ def minibatch_escapes(runs: SeedRuns) -> float:
 
 @claim(CONTROL, 0.75, 1.5)
 def minibatch_rate(runs: SeedRuns) -> float:
-    """The unnormalised rule's rise with minibatches has the rate that linear stability predicts
-    without their noise: fitted exponent over predicted"""
+    """With minibatches, the unnormalised rule escapes at the rate that linear stability predicts
+    without their noise: fitted exponent over predicted exponent, at the radius where it is farthest
+    from 1"""
     return farthest_from_one(
         _over_predicted(runs, run) for run in runs_of(runs, "unnormalized", "minibatch")
     )
 
 
-@claim(ZHOU, high=0.8)
+@claim(ZHOU, high=0.8, domain="positive")
 def minibatch_flatter(runs: SeedRuns) -> float:
-    """With minibatches too SAM ends flatter: final sharpness over that of SGD going on, at the
-    radius where largest"""
+    """With minibatches too, SAM ends flatter than SGD that goes on: final sharpness, SAM's over
+    SGD's, at the radius where it is largest"""
     return _flatter(runs, "minibatch")
 
 
-@claim(CONTROL, low=10.0)
+@claim(CONTROL, low=10.0, domain="positive")
 def ascent_climbs(runs: SeedRuns) -> float:
-    """A loop that does not restore the weights is no SAM: its loss over SAM's after as many steps
-    of the same radius"""
+    """A loop that does not restore the weights after SAM's ascent climbs, and is not SAM: its loss
+    over SAM's after as many steps of the same radius"""
     ascent, beside = (runs_of(runs, rule)[0] for rule in ("ascent", "sam"))
     at = int(np.flatnonzero(beside["step"] == ascent["step"][-1])[0])
     return float(ascent["loss"][-1] / beside["loss"][at])

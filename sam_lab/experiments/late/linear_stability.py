@@ -555,41 +555,48 @@ def _median(values: Iterable[float]) -> float:
     return float(np.median(list(values)))
 
 
-@claim(Source("Cohen et al. 2021", "after"), 0.999, 1.001)
+@claim(Source("Cohen et al. 2021", "after"), 0.999, 1.001, domain="positive")
 def edge_of_gradient_descent(runs: SeedRuns) -> float:
-    """Full batch: the largest stable sharpness of gradient descent, found by bisection, is 2/lr;
-    measured over predicted, at the spectrum where that is farthest from 1"""
+    """With the full batch, gradient descent is stable up to a sharpness of 2/lr: largest stable
+    sharpness, found by bisection, over 2/lr, at the spectrum where it is farthest from 1"""
     return _over_formula(runs, 0.0)
 
 
-@claim(DERIVED, 0.999, 1.001)
+@claim(DERIVED, 0.999, 1.001, domain="positive")
 def edge_of_sam(runs: SeedRuns) -> float:
-    """Full batch: the largest stable sharpness of unnormalised SAM, found by bisection, solves
-    lr λ (1 + rho λ) = 2; measured over predicted, farthest from 1"""
+    """With the full batch, unnormalised SAM is stable up to the sharpness λ that solves lr λ (1 +
+    rho λ) = 2: largest stable sharpness, found by bisection, over that λ, at the spectrum where it
+    is farthest from 1"""
     return _over_formula(runs, runs.config["rho"])
 
 
-@claim(DERIVED, 0.97, 1.03)
+@claim(DERIVED, 0.97, 1.03, domain="positive")
 def edge_of_minibatches(runs: SeedRuns) -> float:
-    """With minibatches the largest sharpness that is stable in mean square is that of the theory;
-    simulated over predicted, farthest from 1 among spectra, batches and methods"""
+    """With minibatches, theory gives the largest sharpness that is stable in mean square, for SGD
+    and for unnormalised SAM: simulated over predicted, at the spectrum, batch and method where it
+    is farthest from 1"""
     return farthest_from_one(_quotients(edges(runs, full=False), "simulated", "theory"))
 
 
-@claim(Source("Zhou et al. 2025, theorem 4.1 (its direction)", "after"), high=1.0, headline=True)
+@claim(
+    Source("Zhou et al. 2025, theorem 4.1 (its direction)", "after"),
+    high=1.0,
+    domain="positive",
+)
 def sam_is_stricter_than_sgd(runs: SeedRuns) -> float:
-    """SAM's largest stable sharpness is below SGD's at each batch size: simulated, SAM's over
-    SGD's, where it is largest"""
+    """At every batch size, minima have to be flatter to be stable for unnormalised SAM than for
+    SGD: largest stable sharpness, simulated, SAM's over SGD's, where it is largest"""
     return max(
         sam.value("simulated") / runs.one(**{**sam.settings, "rho": 0.0}).value("simulated")
         for sam in edges(runs, rho=runs.config["rho"])
     )
 
 
-@claim(Source("Wu, Ma & E 2018", "after"), high=1.0)
+@claim(Source("Wu, Ma & E 2018", "after"), high=1.0, domain="positive")
 def small_batches_are_stricter(runs: SeedRuns) -> float:
-    """The smaller the batch, the lower the largest stable sharpness, for SGD and SAM: simulated,
-    that of a batch over that of the next larger one, where it is largest"""
+    """The smaller the batch, the flatter minima have to be to be stable, for SGD and for
+    unnormalised SAM: largest stable sharpness, simulated, of a batch size over that of the next
+    larger one, where it is largest"""
     ratios = []
     for spectrum, rho in itertools.product(runs.config["spectra"], (0.0, runs.config["rho"])):
         ascending = [
@@ -602,43 +609,50 @@ def small_batches_are_stricter(runs: SeedRuns) -> float:
 
 @claim(ZHOU, 0.999, 1.001)
 def growth_full_batch(runs: SeedRuns) -> float:
-    """Above the edge the squared distance grows exponentially, at the rate of the theory:
-    full-batch steps of the library, measured over predicted, farthest from 1"""
+    """Above the edge, the squared distance from the minimum grows exponentially at the rate of the
+    theory: rate of the library's full-batch steps over the predicted one, where it is farthest from
+    1"""
     return farthest_from_one(_quotients(edges(runs, full=True), "rate_simulated", "rate_theory"))
 
 
 @claim(ZHOU, 0.95, 1.05)
 def growth_minibatches(runs: SeedRuns) -> float:
-    """Above the edge the mean of the squared distance over batches grows exponentially, at the rate
-    of the theory: simulated over predicted rate, farthest from 1"""
+    """Above the edge with minibatches, the mean squared distance from the minimum grows
+    exponentially at the rate of the theory: simulated rate over the predicted one, where it is
+    farthest from 1"""
     return farthest_from_one(_quotients(edges(runs, full=False), "rate_simulated", "rate_theory"))
 
 
 @claim(CONTROL, high=0.9)
 def typical_growth_is_slower(runs: SeedRuns) -> float:
-    """A typical trajectory grows more slowly than the mean square: rate of the mean logarithm over
-    that of the theory, where it is largest"""
+    """Above the edge with minibatches, a typical trajectory leaves the minimum more slowly than the
+    mean square: rate of the mean logarithm over that of the mean square, where it is largest"""
     return max(_quotients(edges(runs, full=False), "rate_typical", "rate_theory"))
 
 
-@claim(CONTROL, low=1.0, set_after=True)  # became a median after pilots, as did the next two
+@claim(
+    CONTROL, low=1.0, set_after=True, domain="positive"
+)  # became a median after pilots, as did the next two
 def typical_edge_is_higher(runs: SeedRuns) -> float:
-    """A typical trajectory is stable up to a larger sharpness than the mean square: edge of the
-    mean logarithm, simulated, over that of the theory, median of the problems"""
+    """With minibatches, a typical trajectory is stable up to a larger sharpness than the mean
+    square: edge of the mean logarithm, simulated, over the edge in mean square, median over
+    problems"""
     return _median(_quotients(edges(runs, full=False), "typical", "theory"))
 
 
-@claim(CONTROL, low=0.5, set_after=True)
+@claim(CONTROL, low=0.5, set_after=True, domain="share")
 def most_shrink_while_the_mean_explodes(runs: SeedRuns) -> float:
-    """Between the edge in mean square and the typical one the mean grows, but most trajectories
-    shrink: share that ends nearer than it began, smallest batch, median of the problems"""
+    """Between the edge in mean square and the edge of a typical trajectory, most trajectories
+    shrink although their mean square explodes: share that ends nearer than it began, at the
+    smallest batch, median over problems"""
     return _median(run["share"][-1] for run in _fans(runs))
 
 
-@claim(CONTROL, high=0.5, set_after=True)
+@claim(CONTROL, high=0.5, set_after=True, domain="positive")
 def a_sample_misses_the_mean(runs: SeedRuns) -> float:
-    """Between the edge in mean square and the typical one the average over a sample of trajectories
-    falls short of the mean: at the end, sample over exact, median of the problems"""
+    """Between the edge in mean square and the edge of a typical trajectory, a sample of
+    trajectories misses most of their mean square: sample average over the exact mean at the end,
+    median over problems"""
     return _median(run["mean_sample"][-1] / run["mean_exact"][-1] for run in _fans(runs))
 
 
@@ -649,38 +663,38 @@ def simulation_is_the_library(runs: SeedRuns) -> float:
     return max(run.value("library_error") for run in edges(runs))
 
 
-@claim(DERIVED, low=0.1)
+@claim(DERIVED, low=0.1, domain="positive")
 def normalized_sam_leaves_at_once(runs: SeedRuns) -> float:
-    """Normalised SAM leaves even a minimum at which SGD is stable, in a few steps: distance after
-    ten steps over the final one, where it is smallest"""
+    """Normalised SAM leaves even a minimum at which SGD is stable, within a few steps: distance
+    after ten steps over the distance in the last quarter of the run, where it is smallest"""
     return min(_quotients(runs.all(study="normalized"), "early", "last"))
 
 
-@claim(DERIVED, 0.8, 1.25)
+@claim(DERIVED, 0.8, 1.25, domain="positive")
 def normalized_sam_stays_near(runs: SeedRuns) -> float:
-    """Normalised SAM stays bounded, at a sharpness at which unnormalised SAM explodes: distance in
-    the last quarter over that in the third, farthest from 1"""
+    """Normalised SAM stays bounded at a sharpness at which unnormalised SAM explodes: distance in
+    the last quarter of the run over that in the quarter before, where it is farthest from 1"""
     return farthest_from_one(_quotients(runs.all(study="normalized"), "last", "third"))
 
 
 @claim(DERIVED, low=0.0)
 def unnormalized_sam_explodes_there(runs: SeedRuns) -> float:
-    """Unnormalised SAM explodes at the sharpness at which normalised SAM stays bounded: its rate of
-    growth by theory, where it is smallest"""
+    """Unnormalised SAM explodes at the sharpness at which normalised SAM stays bounded: its
+    predicted rate of growth, where it is smallest"""
     return min(run.value("rate_unnormalized") for run in runs.all(study="normalized"))
 
 
-@claim(Source("Bartlett, Long & Bousquet 2022", "after"), 0.999, 1.001)
+@claim(Source("Bartlett, Long & Bousquet 2022", "after"), 0.999, 1.001, domain="positive")
 def orbit_of_normalized_sam(runs: SeedRuns) -> float:
-    """With the full batch normalised SAM ends at the distance lr λ rho / (2 - lr λ): measured over
-    predicted, farthest from 1"""
+    """With the full batch, normalised SAM ends at the distance lr λ rho / (2 - lr λ) from the
+    minimum: measured over predicted distance, where it is farthest from 1"""
     return farthest_from_one(_quotients(_orbits(runs), "last", "orbit"))
 
 
 @claim(DERIVED, 0.999, 1.001)
 def normalized_sam_leaves_for_good_beyond_2_over_lr(runs: SeedRuns) -> float:
-    """Only beyond the edge of gradient descent does normalised SAM go on to leave, and at the rate
-    of gradient descent: measured over predicted, farthest from 1"""
+    """Beyond 2/lr, the edge of gradient descent, normalised SAM goes on leaving the minimum at the
+    rate of gradient descent: measured over predicted rate, where it is farthest from 1"""
     return farthest_from_one(_quotients(_orbits(runs), "rate_outside", "rate_descent"))
 
 

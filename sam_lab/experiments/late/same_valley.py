@@ -39,6 +39,7 @@ from sam_lab.perturbations import global_norm
 from sam_lab.training import LossFn, Training, evaluate, late
 
 ZHOU, AFTER_ZHOU = Source("Zhou et al. 2025", "paper"), Source("Zhou et al. 2025", "after")
+OUR_ZHOU = Source("this book, after Zhou et al. 2025", "ours")
 FRANKLE = Source("Frankle et al. 2020", "after")
 JORDAN = Source("Jordan et al. 2023", "after")
 
@@ -283,24 +284,24 @@ def _sharpness_ratio(run: Run, one: str, two: str) -> float:
 # --- what the runs decide -------------------------------------------------------------------------
 
 
-@claim(ZHOU, high=0.05, headline=True)
+@claim(ZHOU, high=0.05)
 def no_barrier(runs: SeedRuns) -> float:
-    """Switch and end lie in one valley: barrier on the straight line between them, over the loss at
-    its ends"""
+    """The switch to SAM and the end of training lie in one valley: barrier of the training loss on
+    the straight line between them, over the loss at its ends"""
     return barrier(runs.base(), "sam")
 
 
 @claim(AFTER_ZHOU, high=0.05)
 def no_barrier_in_test_loss(runs: SeedRuns) -> float:
-    """Switch and end lie in one valley of the test loss too: barrier on the straight line between
-    them, over the loss at its ends"""
+    """The switch to SAM and the end of training lie in one valley of the test loss too: barrier on
+    the straight line between them, over the test loss at its ends"""
     return barrier(runs.base(), "sam", "test")
 
 
-@claim(AFTER_ZHOU, low=1.1)
+@claim(OUR_ZHOU, low=1.1, domain="positive")
 def path_leaves_the_line(runs: SeedRuns) -> float:
-    """SAM's path rises above the straight line from the switch to its end: its highest loss soon
-    after the switch over the highest on the line"""
+    """SAM's path rises above the straight line from the switch to its end: highest loss on the path
+    soon after the switch, over the highest loss on the line"""
     there = line(runs.base(), "sam")
     within = (there.alphas >= 0) & (there.alphas <= 1)
     return peak(runs, "sam") / float(there.losses[within].max())
@@ -308,71 +309,74 @@ def path_leaves_the_line(runs: SeedRuns) -> float:
 
 @claim(AFTER_ZHOU, high=0.05)
 def barrier_below_rise(runs: SeedRuns) -> float:
-    """The barrier between switch and end is small beside the rise of the loss on SAM's path:
-    ratio"""
+    """The barrier between the switch to SAM and the end is small beside the rise of the loss on
+    SAM's path: barrier over rise"""
     run = runs.base()
     rise = peak(runs, "sam") - float(run["sam_path"][0])
     return line(run, "sam").barrier / rise if rise > 0 else math.inf
 
 
-@claim(CONTROL, low=1.1)
+@claim(CONTROL, low=1.1, domain="positive")
 def rise_is_sams(runs: SeedRuns) -> float:
-    """SGD, going on from the switch, does not rise as high: highest loss on SAM's path over that on
-    SGD's, soon after the switch"""
+    """The rise of the loss after the switch is SAM's doing, as SGD that goes on does not rise as
+    high: highest loss soon after the switch, SAM's over SGD's"""
     return peak(runs, "sam") / peak(runs, "sgd")
 
 
-@claim(ZHOU, high=0.8)
+@claim(ZHOU, high=0.8, domain="positive")
 def end_is_flatter(runs: SeedRuns) -> float:
-    """The end of SAM is flatter than the switch: sharpness, ratio"""
+    """SAM ends flatter than where it took over from SGD: sharpness at the end over sharpness at the
+    switch"""
     return _sharpness_ratio(runs.base(), "sam", "switch")
 
 
-@claim(AFTER_ZHOU, high=0.8)
+@claim(AFTER_ZHOU, high=0.8, domain="positive")
 def flatter_than_sgd(runs: SeedRuns) -> float:
-    """SGD, going on for as many epochs, does not end as flat: sharpness after SAM over that after
-    SGD"""
+    """SAM ends flatter than SGD that goes on from the same switch for as many epochs: sharpness,
+    SAM's over SGD's"""
     return _sharpness_ratio(runs.base(), "sam", "sgd")
 
 
 @claim(CONTROL, high=0.05)
 def siblings_share_it(runs: SeedRuns) -> float:
-    """The two ends from one switch, SGD's and SAM's, lie in one valley too: barrier over the loss
-    at the ends"""
+    """The two ends that start from one switch, SGD's and SAM's, lie in one valley: barrier on the
+    straight line between them, over the loss at its ends"""
     return barrier(runs.base(), "siblings")
 
 
 @claim(FRANKLE, low=0.2)
 def independent_runs_do_not(runs: SeedRuns) -> float:
-    """Between two independent runs of SGD there is a barrier: over the loss at the ends"""
+    """Between two independent runs of SGD there is a barrier: its height on the straight line
+    between their ends, over the loss there"""
     return barrier(runs.base(), "independent")
 
 
 @claim(FRANKLE, low=0.2)
 def another_order_suffices(runs: SeedRuns) -> float:
     """Between two runs of SGD from the same initial weights, with the examples in another order,
-    there is a barrier: over the loss at the ends"""
+    there is a barrier: its height on the straight line between their ends, over the loss there"""
     return barrier(runs.base(), "order")
 
 
 @claim(AFTER_ZHOU, high=0.05)
 def one_valley_not_two(runs: SeedRuns) -> float:
-    """The barrier between switch and end is small beside that between independent runs: ratio"""
+    """The barrier between the switch to SAM and the end is small beside the barrier between two
+    independent runs of SGD: the first over the second"""
     ours, theirs = (line(runs.base(), name).barrier for name in ("sam", "independent"))
     return ours / theirs
 
 
 @claim(AFTER_ZHOU, high=0.05)
 def no_barrier_with_batchnorm(runs: SeedRuns) -> float:
-    """With batch norm, its statistics gathered anew, there is no barrier between switch and end
-    either: over the loss at the ends"""
+    """With batch norm too, its statistics gathered anew on the line, there is no barrier between
+    the switch to SAM and the end: barrier over the loss at the ends"""
     return barrier(runs.one(batchnorm=True), "sam")
 
 
-@claim(JORDAN, high=0.8)
+@claim(JORDAN, high=0.8, domain="positive")
 def statistics_matter(runs: SeedRuns) -> float:
-    """Interpolated statistics of batch norm feign a barrier between independent runs: barrier with
-    those gathered anew, over that with interpolated ones"""
+    """Interpolated statistics of batch norm exaggerate the barrier between independent runs of SGD:
+    barrier with the statistics gathered anew, over the barrier with interpolated ones"""
     run = runs.one(batchnorm=True)
     return line(run, "independent").barrier / line(run, "independent", "carried").barrier
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from sam_lab.experiments.lab.claims import NotApplicable
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
+from sam_lab.experiments.lab.statistics import Ratio
 from sam_lab.training import Phase, Schedule, Training, constant, early, late, step_decay
 
 __all__ = [
@@ -134,16 +136,20 @@ def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
     return float(run[name][rows[0]])
 
 
-def reached(run: Run, name: str, method: str, share: float, *, log: bool = False) -> float:
+def reached(run: Run, name: str, method: str, share: float, *, log: bool = False) -> Ratio:
     """How far a run is from SGD (0) to what is studied throughout (1), in a column.
 
     Args:
         log: measure in the logarithm of the column.
+
+    Returns:
+        The run's distance from SGD, and the whole distance, which is positive where what is studied
+        makes the column smaller.
     """
     sgd, full, other = (ends(run, name, *which) for which in (("sgd",), ("full",), (method, share)))
     if log:
         sgd, full, other = (float(np.log(value)) for value in (sgd, full, other))
-    return (sgd - other) / (sgd - full)
+    return Ratio(sgd - other, sgd - full)
 
 
 def against_share(
@@ -201,7 +207,7 @@ def off_the_clock(
         reached too; values are interpolated in the logarithm of the sum.
 
     Raises:
-        ValueError: there is no such switch.
+        NotApplicable: there is no such switch.
     """
     sums, values = course("constant")
     differences: list[float] = []
@@ -211,5 +217,5 @@ def off_the_clock(
         expected = np.interp(np.log(other_sums[shared]), np.log(sums), values)
         differences += (other[shared] - expected).tolist()
     if not differences:
-        raise ValueError("no schedule has a late phase as long as one at the constant rate")
+        raise NotApplicable("no schedule has a late phase as long as one at the constant rate")
     return np.array(differences)

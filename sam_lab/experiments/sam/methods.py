@@ -339,25 +339,32 @@ QUESTION = Source("the question of chapter 3", "ours")
 CHAPTER_CONTROL = Source("the control of chapter 3", "control")
 
 
-@claim(Source(f"{FORET} (what SAM is for; the factor is ours)", "after"), high=0.7, headline=True)
+@claim(
+    Source(f"{FORET} (what SAM is for; the factor is ours)", "after"),
+    high=0.7,
+    headline=True,
+    domain="positive",
+)
 def sam_lowers_sharpness(runs: SeedRuns) -> float:
-    """SAM ends where the sharpness is at most 0.7 times that of SGD: ratio"""
+    """Training with SAM ends at no more than 0.7 times the sharpness at which SGD ends, after
+    equally many epochs: ratio of final sharpness"""
     return final_ratio(trained(runs, "sam"), trained(runs, "sgd"))
 
 
-@claim(CHAPTER_CONTROL, high=0.7, headline=True)
+@claim(CHAPTER_CONTROL, high=0.7, headline=True, domain="positive")
 def flatter_at_equal_loss(runs: SeedRuns) -> float:
-    """SAM is flatter not because it has trained less: its final sharpness over SGD's at the epoch
-    where SGD's training loss is nearest to SAM's final one"""
+    """SAM is flatter than SGD at equal training loss too, so that it is not flatter merely
+    because it has trained less: SAM's final sharpness over SGD's at the epoch where SGD's
+    training loss is nearest to SAM's final one"""
     sam_run, sgd_run = trained(runs, "sam"), trained(runs, "sgd")
     nearest = abs(sgd_run["loss"] - sam_run["loss"][-1]).argmin()
     return float(sam_run["sharpness"][-1] / sgd_run["sharpness"][nearest])
 
 
-@claim(QUESTION, high=1.0)
+@claim(QUESTION, high=1.0, domain="positive")
 def flatter_with_radius(runs: SeedRuns) -> float:
-    """The larger SAM's radius, the flatter its end: largest ratio of the final sharpness at one
-    radius to that at the next smaller one"""
+    """The larger SAM's radius, the flatter training ends: largest ratio of the final sharpness
+    at one radius to that at the next smaller one"""
     batch = runs.config["batch"]
     ascending = [
         runs.one(study="training", method="sam", rho=rho, micro=batch)
@@ -366,69 +373,77 @@ def flatter_with_radius(runs: SeedRuns) -> float:
     return max(final_ratio(wide, narrow) for narrow, wide in itertools.pairwise(ascending))
 
 
-@claim(CHAPTER_CONTROL, 0.8, 1.25, headline=True)
+@claim(CHAPTER_CONTROL, 0.8, 1.25, headline=True, domain="positive")
 def noise_does_nothing(runs: SeedRuns) -> float:
-    """Random perturbations as long as SAM's leave the sharpness where SGD has it: ratio"""
+    """Training with random perturbations as long as SAM's ends as sharp as SGD: ratio of final
+    sharpness"""
     return final_ratio(trained(runs, "random"), trained(runs, "sgd"))
 
 
-@claim(CHAPTER_CONTROL, low=1.25)
+@claim(CHAPTER_CONTROL, low=1.25, domain="positive")
 def noise_does_not_reach_it(runs: SeedRuns) -> float:
-    """Random perturbations ten times as long as SAM's still end at least 1.25 times as sharp as
-    SAM: ratio"""
+    """Training with random perturbations ten times as long as SAM's still ends at least 1.25
+    times as sharp as SAM: ratio of final sharpness"""
     return final_ratio(trained(runs, "random", times=10), trained(runs, "sam"))
 
 
 @claim(Source(f"{FORET} (direction)", "after"), low=0.0, unit="percentage points", headline=True)
 def sam_generalises(runs: SeedRuns) -> float:
-    """SAM's test error is not above that of SGD: SGD minus SAM, after equally many epochs"""
+    """SAM's test error is no larger than SGD's after equally many epochs: SGD's test error
+    minus SAM's"""
     return final_gain(trained(runs, "sgd"), trained(runs, "sam"))
 
 
-@claim(QUESTION, low=1.0)
+@claim(QUESTION, low=1.0, domain="positive")
 def sam_trains_slower(runs: SeedRuns) -> float:
-    """SAM's training loss is larger than SGD's after equally many epochs: ratio"""
+    """SAM's training loss is larger than SGD's after equally many epochs: ratio of final
+    training losses"""
     return final_ratio(trained(runs, "sam"), trained(runs, "sgd"), "loss")
 
 
-@claim(QUESTION, high=0.7)
+@claim(QUESTION, high=0.7, domain="positive")
 def asam_lowers_sharpness(runs: SeedRuns) -> float:
-    """ASAM, which aims at another sharpness, lowers the top eigenvalue as well: ratio to SGD's"""
+    """ASAM, which aims at another measure of sharpness, lowers the top eigenvalue of the
+    Hessian as well: ratio of its final sharpness to SGD's"""
     return final_ratio(trained(runs, "asam"), trained(runs, "sgd"))
 
 
-@claim(QUESTION, low=0.9)
+@claim(QUESTION, low=0.9, domain="share")
 def asam_perturbs_biases(runs: SeedRuns) -> float:
-    """Where biases do not adapt, and have the scale 1 beside weights far below 1, ASAM perturbs
-    little else: their share of its squared length, at the end of training"""
+    """ASAM whose biases do not adapt puts nearly all of its perturbation into the biases, which
+    have the scale 1 beside weights far below 1: the biases' share of its squared length at the
+    end of training"""
     return trained(runs, "asam").value("bias_share")
 
 
-@claim(Source("derived in chapter 3; the factor is ours", "ours"), low=2.0)
+@claim(Source("derived in chapter 3; the factor is ours", "ours"), low=2.0, domain="positive")
 def small_batches_have_long_gradients(runs: SeedRuns) -> float:
-    """The smaller the batch, the longer its gradient, and with it what SAM adds to the loss: mean
-    norm for micro-batches over that for batches, at the end of SAM"""
+    """Groups of 5 examples have much longer gradients than batches of 100, and with them SAM
+    adds more to the loss: mean gradient norm of the groups over that of the batches, at the end
+    of training with SAM"""
     norms = trained(runs, "sam")["micro_gradient"]
     return float(norms[-1] / norms[0])
 
 
-@claim(QUESTION, high=1.0)
+@claim(QUESTION, high=1.0, domain="positive")
 def micro_batches_lower_sharpness(runs: SeedRuns) -> float:
-    """Perturbing for small parts of the batch ends flatter than for the whole one: ratio of
-    sharpness"""
+    """SAM that perturbs for groups of 5 examples ends flatter than SAM that perturbs for the
+    whole batch of 100: ratio of final sharpness"""
     return final_ratio(smallest_parts(runs), trained(runs, "sam"))
 
 
-@claim(QUESTION, high=1.0)
+@claim(QUESTION, high=1.0, domain="positive")
 def micro_batches_lower_trace(runs: SeedRuns) -> float:
-    """Perturbing for small parts of the batch ends with a smaller trace of the Hessian than for the
-    whole one: ratio"""
+    """SAM that perturbs for groups of 5 examples ends with a smaller trace of the Hessian than
+    SAM that perturbs for the whole batch of 100: ratio of traces"""
     return final_ratio(smallest_parts(runs), trained(runs, "sam"), "trace")
 
 
 @claim(QUESTION, low=0.0, unit="percentage points")
 def micro_batches_generalise(runs: SeedRuns) -> float:
-    """Perturbing for small parts of the batch does not raise the test error: whole minus parts"""
+    """SAM that perturbs for groups of 5 examples has no larger test error than SAM that
+    perturbs for the whole batch of 100: test error for the whole batch minus test error for the
+    groups"""
     return final_gain(trained(runs, "sam"), smallest_parts(runs))
 
 

@@ -168,11 +168,11 @@ def _mean(quotients: Iterable[float]) -> float:
     return float(np.exp(np.mean(np.log(list(quotients)))))
 
 
-@claim(CONTROL, 0.8, 1.25, headline=True)
+@claim(CONTROL, 0.8, 1.25, domain="positive")
 def sam_as_sgd(runs: SeedRuns) -> float:
-    """SAM is as near to its edge as SGD of the same learning rate is to 2/lr, whatever minibatches
-    do to either: quotient of the second-half medians of sharpness over edge, at the setting where
-    it is farthest from 1"""
+    """With minibatches SAM is as near to its edge as SGD of the same learning rate is to 2/lr:
+    SAM's sharpness over edge divided by SGD's, medians over the second half of training, at the
+    setting where the quotient is farthest from 1"""
     quotients = [
         second_half_median(ratio(run))
         / second_half_median(ratio(descent(runs, run.settings["lr"])))
@@ -181,43 +181,44 @@ def sam_as_sgd(runs: SeedRuns) -> float:
     return max(quotients, key=lambda quotient: abs(np.log(quotient)))
 
 
-@claim(CONTROL, low=1.0)
+@claim(CONTROL, low=1.0, domain="positive")
 def starts_beyond(runs: SeedRuns) -> float:
-    """The Transformer starts beyond the edge, so that there is nothing to arrive at: sharpness over
-    2/lr before the first step, at the smallest learning rate"""
+    """The Transformer starts beyond the edge, so that there is nothing to arrive at from below:
+    sharpness over 2/lr before the first step, at the smallest learning rate"""
     return float(ratio(descent(runs, min(runs.config["lrs"])))[0])
 
 
-@claim(CONTROL, low=1.2)
+@claim(CONTROL, low=1.2, domain="positive")
 def batch_scatters(runs: SeedRuns) -> float:
-    """On the current batch, sharpness over edge scatters more than on the fixed one: quotient of
-    the widths from the 10th to the 90th percentile in the second half, geometric mean over
-    settings"""
+    """On the current batch, sharpness over edge scatters more than on a fixed large one: its width
+    on the current batch over that on the fixed one, from the 10th to the 90th percentile in the
+    second half of training, geometric mean over settings"""
     return _mean(
         second_half_width(batch_ratio(run)) / second_half_width(ratio(run)) for run in runs.runs
     )
 
 
-@claim(CONTROL, low=1.02)
+@claim(CONTROL, low=1.02, domain="positive")
 def batch_sharper(runs: SeedRuns) -> float:
-    """The current batch is sharper than the fixed one, as the largest eigenvalue of a noisy matrix
-    is on average above that of its mean: quotient of the second-half medians of sharpness,
-    geometric mean over settings"""
+    """The loss is sharper on the current batch than on a fixed large one, as the largest eigenvalue
+    of a noisy matrix is on average above that of its mean: sharpness on the current batch over that
+    on the fixed one, medians over the second half of training, geometric mean over settings"""
     return _mean(_over_fixed(run, "sharpness") for run in runs.runs)
 
 
-@claim(CONTROL, low=1.05)
+@claim(CONTROL, low=1.05, domain="positive")
 def batch_edge_higher(runs: SeedRuns) -> float:
-    """The current batch's gradient is longer by its noise, which raises SAM's edge too: quotient of
-    the second-half medians of the edge, geometric mean over the settings of SAM"""
+    """The current batch's gradient is longer than that of a fixed large batch by its noise, and so
+    SAM's edge is higher on it: edge on the current batch over that on the fixed one, medians over
+    the second half of training, geometric mean over the settings of SAM"""
     return _mean(_over_fixed(run, "sam_edge") for run in perturbed(runs))
 
 
-@claim(CONTROL, 0.9, 1.1)
+@claim(CONTROL, 0.9, 1.1, domain="positive")
 def batch_reads_alike(runs: SeedRuns) -> float:
-    """What noise does to sharpness and edge nearly cancels in SAM's ratio of the two: that on the
-    current batch over that on the fixed one, second-half medians, geometric mean over the settings
-    of SAM"""
+    """The current batch raises SAM's sharpness and SAM's edge by nearly the same factor: sharpness
+    over edge on the current batch divided by that on a fixed large one, medians over the second
+    half of training, geometric mean over the settings of SAM"""
     return _mean(
         second_half_median(batch_ratio(run)) / second_half_median(ratio(run))
         for run in perturbed(runs)

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from sam_lab import data, models
 from sam_lab.experiments.lab.claims import CONTROL, Source, claim
@@ -56,6 +57,7 @@ from sam_lab.objective import Closure
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
+from sam_lab.tracker import SharpnessTracker
 
 BARTLETT = Source("Bartlett, Long & Bousquet 2022", "after")
 LONG_BARTLETT = Source("Long & Bartlett 2024", "after")
@@ -306,8 +308,6 @@ def frozen(config: Config, cell: Cell) -> Columns:
     Raises:
         ValueError: an unknown path.
     """
-    if cell["path"] not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {cell['path']!r}")
     model, x, target = network(config, cell.seed, cell.device)
     params, closure = _on_path(cell["path"], model, x, target)
     sam = _sam(params, config.network_lr, config.network_rho)
@@ -319,6 +319,8 @@ def _on_path(
     path: str, model: nn.Module, x: Tensor, target: Tensor
 ) -> tuple[list[Tensor], Closure]:
     """What is trained on a path, and its loss."""
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
 
     def living() -> Tensor:
         return F.mse_loss(model(x), target)
@@ -328,6 +330,67 @@ def _on_path(
         return params, lambda: F.mse_loss(outputs(), target)
     params = list(model.parameters())
     return taylor(living, params) if path == "taylor" else (params, living)
+
+
+def filmed(
+    config: Config,
+    path: str,
+    steps: int = 60,
+    reach: float = 0.16,
+    points: int = 25,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, np.ndarray]:
+    """`frozen` at every step, with the valley that the weights bounce in.
+
+    The valley is the loss itself, along the top eigenvector at step 0, through the weights now.
+
+    Args:
+        path: one of `PATHS`.
+        steps: steps of SAM; one more are measured, the first before any.
+        reach: how far along the eigenvector the valley is followed, to both sides of the start.
+        points: on each valley, spaced evenly.
+
+    Returns:
+        ``step``, ``loss``, ``sharpness``, ``sam_edge``, ``gd_edge`` and ``position``, the distance
+        from the start along the eigenvector, (T,) each; ``along`` (points,), positions; and
+        ``valley`` (T, points), the loss there.
+
+    Raises:
+        ValueError: an unknown path.
+    """
+    model, x, target = network(config, seed, device)
+    params, closure = _on_path(path, model, x, target)
+    sam = _sam(params, config.network_lr, config.network_rho)
+    tracker = SharpnessTracker(closure, params, tol=config.tol)
+    along = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    start, rows, valleys = parameters_to_vector(params).detach(), Rows(), []
+    for step in range(steps + 1):
+        pairs, hessian = tracker.measure(), tracker.hessian
+        if step == 0:
+            direction = pairs.vectors[:, 0]
+        weights = parameters_to_vector(params).detach()
+        position = float((weights - start) @ direction)
+        rows.add(
+            step=step,
+            loss=hessian.loss(),
+            sharpness=float(pairs.values[0]),
+            sam_edge=sam_edge(
+                config.network_lr, config.network_rho, float(hessian.gradient().norm())
+            ),
+            gd_edge=gd_edge(config.network_lr),
+            position=position,
+        )
+        with torch.no_grad():
+            valley = []
+            for place in along.tolist():
+                vector_to_parameters(weights + (place - position) * direction, params)
+                valley.append(float(closure()))
+            vector_to_parameters(weights, params)
+        valleys.append(valley)
+        sam.step(closure)
+    columns = {name: np.array(column) for name, column in rows.columns.items()}
+    return {**columns, "along": along.numpy(), "valley": np.array(valleys)}
 
 
 # --- what a run says -----------------------------------------------------------------------------
@@ -376,15 +439,15 @@ def _with_noise(runs: SeedRuns, noise: float) -> Run:
 
 @claim(LONG_BARTLETT, high=1e-6, id="edge by brute force")
 def edge_by_brute_force(runs: SeedRuns) -> float:
-    """The curvature from which on SAM makes the gradient's component grow, found by bisection, is
-    the SAM edge: relative difference, where it is largest"""
+    """On a quadratic the curvature from which on SAM makes the gradient's component grow, found by
+    bisection, is the SAM edge: relative difference, where it is largest"""
     return float(max(np.abs(run["error"]).max() for run in runs.all(study="bisection")))
 
 
 @claim(BARTLETT, high=1e-3, id="ratio of 1 on a quadratic")
 def ratio_of_1(runs: SeedRuns) -> float:
-    """On a fixed quadratic the sharpness ends at the SAM edge: |ratio - 1| on the last two steps,
-    where it is largest"""
+    """On a fixed quadratic the sharpness ends at the SAM edge: |sharpness over edge - 1| on the
+    last two steps, at the spectrum where it is largest"""
     return float(max(np.abs(ratio(run)[-2:] - 1).max() for run in runs.all(study="spectrum")))
 
 
@@ -398,99 +461,102 @@ def curvature_is_constant(runs: SeedRuns) -> float:
 
 @claim(BARTLETT, high=1e-3, id="gradient adapts")
 def gradient_adapts(runs: SeedRuns) -> float:
-    """On a fixed quadratic it is the gradient that changes: its norm ends at lr rho λ²/(2 - lr λ);
-    relative difference, where it is largest"""
+    """On a fixed quadratic the length of SAM's gradient adjusts and ends at lr rho λ²/(2 - lr λ):
+    relative difference from it, at the spectrum where it is largest"""
     norms = [run["grad_norm"][-1] / run.value("orbit") for run in runs.all(study="spectrum")]
     return float(max(abs(norm - 1) for norm in norms))
 
 
-@claim(CONTROL, low=1.1, id="overshoots first")
+@claim(CONTROL, low=1.1, domain="positive", id="overshoots first")
 def overshoots_first(runs: SeedRuns) -> float:
-    """On the way to the edge of a fixed quadratic, sharpness over edge can pass 1 by far, where the
-    top component had died out while the gradient was long: largest ratio of a run, largest of the
-    spectra"""
+    """On the way to the edge of a fixed quadratic, sharpness over SAM edge can pass 1 by far, where
+    the top component had died out while the gradient was long: largest ratio of a run, at the
+    spectrum where it is largest"""
     return float(max(ratio(run).max() for run in runs.all(study="spectrum")))
 
 
-@claim(CONTROL, high=0.9, id="ratio before orbit")
+@claim(CONTROL, high=0.9, domain="share", id="ratio before orbit")
 def ratio_before_orbit(runs: SeedRuns) -> float:
-    """On a fixed quadratic, sharpness over edge is 1 before SAM bounces along the top eigenvector:
-    |cos| of gradient and eigenvector once the ratio is within 1% for good, smallest of the
-    spectra"""
+    """On a fixed quadratic, sharpness over SAM edge is 1 before SAM bounces along the top
+    eigenvector alone: |cos| of gradient and eigenvector once the ratio is within 1% of 1 for good,
+    at the spectrum where it is smallest"""
     spectra = runs.all(study="spectrum")
     return float(min(run["grad_align"][settled(run)] for run in spectra))
 
 
-@claim(CONTROL, 0.95, 1.05, id="close eigenvalues settle slowly")
+@claim(CONTROL, 0.95, 1.05, domain="positive", id="close eigenvalues settle slowly")
 def close_eigenvalues_settle_slowly(runs: SeedRuns) -> float:
-    """Beside a close second eigenvalue the gradient's direction settles only in about 1/gap steps:
-    measured over predicted rate, at the gap where that is farthest from 1"""
+    """Beside a close second eigenvalue SAM's gradient takes about 1/gap steps to settle along the
+    top eigenvector: measured over predicted rate, at the gap where that is farthest from 1"""
     return farthest_from_one(_fading(run) for run in runs.all(study="pair"))
 
 
-@claim(CONTROL, 0.98, 1.02, id="little noise does little")
+@claim(CONTROL, 0.98, 1.02, domain="positive", id="little noise does little")
 def little_noise_does_little(runs: SeedRuns) -> float:
-    """Gradient noise that is small beside the orbit's gradient leaves sharpness over edge at 1:
-    median over steps, by the noisy gradient, at the smallest noise"""
+    """On a fixed quadratic, gradient noise that is small beside the orbit's gradient leaves
+    sharpness over SAM edge at 1: median over steps, by the noisy gradient, at the smallest noise"""
     return float(np.median(_with_noise(runs, min(runs.config["noises"]))["batch"]))
 
 
-@claim(CONTROL, low=1.1, id="noise splits the ratio")
+@claim(CONTROL, low=1.1, domain="positive", id="noise splits the ratio")
 def noise_splits_the_ratio(runs: SeedRuns) -> float:
-    """Noise as large as the orbit's gradient splits sharpness over edge in two: median ratio by the
-    full gradient over that by the noisy one"""
+    """On a fixed quadratic, noise as long as the orbit's gradient makes sharpness over SAM edge
+    read higher by the full gradient than by the noisy one: median ratio by the one over that by the
+    other"""
     run = _with_noise(runs, min(runs.config["noises"], key=lambda noise: abs(np.log(noise))))
     return float(np.median(run["full"]) / np.median(run["batch"]))
 
 
-@claim(CONTROL, high=0.9, id="much noise takes SAM off its edge")
+@claim(CONTROL, high=0.9, domain="positive", id="much noise takes SAM off its edge")
 def much_noise_takes_sam_off_its_edge(runs: SeedRuns) -> float:
-    """Noise that is large beside the orbit's gradient keeps the sharpness below the SAM edge:
-    median ratio at the largest noise, the larger of the two"""
+    """On a fixed quadratic, noise that is long beside the orbit's gradient keeps the sharpness
+    below the SAM edge: median of sharpness over edge at the largest noise, by the full or the noisy
+    gradient, whichever is larger"""
     run = _with_noise(runs, max(runs.config["noises"]))
     return float(max(np.median(run[name]) for name in ("full", "batch")))
 
 
-@claim(CONTROL, 0.9, 1.15, id="frozen network", headline=True)
+@claim(CONTROL, 0.9, 1.15, domain="positive", id="frozen network", headline=True)
 def frozen_network(runs: SeedRuns) -> float:
     """A linearised network, whose curvature cannot change, passes the criterion for SAM at its
-    edge: second-half median of sharpness over edge"""
+    edge: sharpness over SAM edge, median over the second half of the run"""
     return second_half_median(ratio(_on_network(runs, "linearised")))
 
 
-@claim(CONTROL, 0.9, 1.15, id="frozen loss")
+@claim(CONTROL, 0.9, 1.15, domain="positive", id="frozen loss")
 def frozen_loss(runs: SeedRuns) -> float:
     """The second-order model of a network's loss passes the criterion for SAM at its edge, as long
-    as it is positive: median of sharpness over edge in the second half of that time"""
+    as that loss is positive: sharpness over SAM edge, median over the second half of that time"""
     return second_half_median(_while_positive(_on_network(runs, "taylor")))
 
 
-@claim(LONG_BARTLETT, 0.9, 1.15, id="living network")
+@claim(LONG_BARTLETT, 0.9, 1.15, domain="positive", id="living network")
 def living_network(runs: SeedRuns) -> float:
-    """A living network passes the criterion for SAM at its edge: second-half median of sharpness
-    over edge"""
+    """A network that is not linearised passes the criterion for SAM at its edge: sharpness over SAM
+    edge, median over the second half of the run"""
     return second_half_median(ratio(_on_network(runs, "living")))
 
 
-@claim(LONG_BARTLETT, high=0.8, id="living falls, frozen stays", headline=True)
+@claim(CONTROL, high=0.8, domain="positive", id="living falls, frozen stays", headline=True)
 def living_falls(runs: SeedRuns) -> float:
-    """What tells a living network from a linearised one is the sharpness: that of the living one at
-    the end, over that of the linearised one"""
+    """Started from the same weights, SAM ends less sharp on a network than on its linearisation,
+    which cannot be flattened: sharpness at the end, of the network over that of its
+    linearisation"""
     living, other = (_on_network(runs, path)["sharpness"] for path in ("living", "linearised"))
     return float(living[-1] / other[-1])
 
 
-@claim(CONTROL, low=0.95, id="frozen gradient is aligned")
+@claim(CONTROL, low=0.95, domain="share", id="frozen gradient is aligned")
 def frozen_gradient_is_aligned(runs: SeedRuns) -> float:
-    """On the linearised network the gradient comes to lie along the top eigenvector: second-half
-    median of |cos|"""
+    """On a linearised network SAM's gradient comes to lie along the top eigenvector: |cos| of the
+    two, median over the second half of the run"""
     return second_half_median(_on_network(runs, "linearised")["grad_align"])
 
 
-@claim(CONTROL, high=0.7, id="living gradient is not")
+@claim(CONTROL, high=0.7, domain="share", id="living gradient is not")
 def living_gradient_is_not(runs: SeedRuns) -> float:
-    """On the living network most of the gradient does not lie along the top eigenvector:
-    second-half median of |cos|"""
+    """On a network that is not linearised most of the gradient does not lie along the top
+    eigenvector: |cos| of the two, median over the second half of SAM's run"""
     return second_half_median(_on_network(runs, "living")["grad_align"])
 
 

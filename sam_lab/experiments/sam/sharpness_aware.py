@@ -469,104 +469,112 @@ BARTLETT = Source("Bartlett, Long & Bousquet 2022 (direction; the factor is ours
         "after",
     ),
     low=0.9,
-    headline=True,
+    domain="positive",
 )
 def first_order_suffices(runs: SeedRuns) -> float:
-    """The first-order solution finds 90% of the largest increase that projected gradient ascent
-    finds in the ball: mean over checkpoints"""
+    """SAM's first-order perturbation raises the loss by at least 90% of the largest rise that
+    projected gradient ascent finds in the same ball: ratio of the rises, mean over checkpoints"""
     return at_main_radius(runs, "first", "best")
 
 
-@claim(methods.QUESTION, high=0.5)
+@claim(methods.QUESTION, high=0.5, domain="positive")
 def linear_value_is_wrong(runs: SeedRuns) -> float:
-    """As a value the linearisation is no approximation: it predicts at most half of the increase
-    under the first-order solution, mean over checkpoints"""
+    """The linear approximation predicts at most half of the rise of the loss under SAM's
+    perturbation: predicted over measured rise, mean over checkpoints"""
     return at_main_radius(runs, "linear", "first")
 
 
-@claim(Source("Taylor's formula; the tolerance is ours", "ours"), 0.9, 1.1)
+@claim(Source("Taylor's formula; the tolerance is ours", "ours"), 0.9, 1.1, domain="positive")
 def quadratic_value_is_right(runs: SeedRuns) -> float:
-    """With the second-order term the increase under the first-order solution is predicted rightly:
-    prediction over increase, mean over checkpoints"""
+    """With the curvature along the gradient added, Taylor's formula predicts the rise of the
+    loss under SAM's perturbation: predicted over measured rise, mean over checkpoints"""
     return at_main_radius(runs, "quadratic", "first")
 
 
 @claim(CHAPTER, 0.8, 1.2)
 def sam_is_a_gradient_penalty(runs: SeedRuns) -> float:
-    """SAM's gradient is that of the loss with the penalty ρ|∇L|, up to an error that falls linearly
-    with ρ: exponent"""
+    """SAM's gradient is that of the loss with the penalty ρ|∇L|, up to a relative error that
+    falls linearly with ρ: exponent of ρ in that error"""
     return fmean(order_of_error(run) for run in runs.all(study="linearisation"))
 
 
-@claim(CHAPTER, 0.8, 1.25)
+@claim(CHAPTER, 0.8, 1.25, domain="positive")
 def noise_is_blind(runs: SeedRuns) -> float:
-    """A random direction points along the gradient by 1/√P only: root mean square of the cosine,
-    times √P"""
+    """The component of a random unit vector along the gradient is 1/√P in P dimensions: root
+    mean square of the cosine, times √P"""
     return at_main_radius(runs, "alignment")
 
 
 @claim(methods.CHAPTER_CONTROL, high=0.01)
 def noise_hardly_rises(runs: SeedRuns) -> float:
-    """A random perturbation raises the loss by at most 1% of what the gradient's direction does:
-    ratio, mean over checkpoints"""
+    """A random perturbation raises the loss by at most 1% of what SAM's perturbation of the
+    same length does: ratio of the rises, mean over checkpoints"""
     return at_main_radius(runs, "random", "first")
 
 
 @claim(CHAPTER, 0.9, 1.1)
 def step_lowers_gradient_norm(runs: SeedRuns) -> float:
-    """One step of SAM lowers the gradient norm by lr ρ |H g/|g||² more than one of gradient
-    descent: measured over predicted, median of checkpoints"""
+    """One step of SAM lowers the gradient norm by lr ρ |H g/|g||² more than one step of
+    gradient descent does: measured over predicted difference, median of checkpoints"""
     return predicted_change(runs.one(study="one_step"), "norm")
 
 
 @claim(CHAPTER, 0.9, 1.1)
 def step_changes_sharpness(runs: SeedRuns) -> float:
-    """One step of SAM changes the sharpness by -lr ρ (H g/|g|)·∇λ1 more than one of gradient
-    descent: measured over predicted, median of checkpoints"""
+    """One step of SAM changes the sharpness by -lr ρ (H g/|g|)·∇λ1 more than one step of
+    gradient descent does: measured over predicted difference, median of checkpoints"""
     return predicted_change(runs.one(study="one_step"), "sharpness")
 
 
-@claim(BARTLETT, high=0.9, headline=True)
+@claim(BARTLETT, high=0.9, headline=True, domain="positive")
 def sam_leaves_the_edge(runs: SeedRuns) -> float:
-    """From the edge of stability of gradient descent, SAM with the same learning rate drifts to
-    flatter places: final sharpness over that of gradient descent"""
+    """SAM that starts where gradient descent is at its edge of stability, with the same
+    learning rate, moves to flatter places: its final sharpness over that of gradient descent
+    from the same weights"""
     run = runs.one(study="drift")
     return float(run["sam_sharpness"][-1] / run["gd_sharpness"][-1])
 
 
-@claim(BARTLETT, high=0.9)
+@claim(BARTLETT, high=0.9, domain="positive")
 def drift_needs_no_edge(runs: SeedRuns) -> float:
-    """SAM drifts to flatter places also where gradient descent is far from its edge, at half the
-    learning rate: final sharpness over that of gradient descent"""
+    """SAM moves to flatter places also at half the learning rate, for which gradient descent is
+    far from its edge: its final sharpness over that of gradient descent from the same weights"""
     run = runs.one(study="drift")
     return float(run["sam_half_sharpness"][-1] / run["gd_half_sharpness"][-1])
 
 
-@claim(Source("Dinh et al. 2017; Kwon et al. 2021; the factor is ours", "after"), low=2.0)
+@claim(
+    Source("Dinh et al. 2017; Kwon et al. 2021; the factor is ours", "after"),
+    low=2.0,
+    domain="positive",
+)
 def sam_sees_the_scaling(runs: SeedRuns) -> float:
-    """Scaling the layers of a ReLU network by a and 1/a changes the loss that SAM looks at: largest
-    increase over smallest, twofold or more"""
+    """Multiplying the first layer of a ReLU network by a and dividing the last by a changes the
+    rise of the loss under SAM's perturbation at least twofold: largest over smallest rise"""
     return over_factors(runs, "sam")
 
 
-@claim(Source("Kwon et al. 2021", "after"), high=1.001, headline=True)
+@claim(Source("Kwon et al. 2021", "after"), high=1.001, domain="positive")
 def asam_does_not(runs: SeedRuns) -> float:
-    """Scaling the layers of a ReLU network by a and 1/a leaves the loss that ASAM looks at alone,
-    with η = 0 and all parameters adapting: largest increase over smallest"""
+    """Multiplying the first layer of a ReLU network by a and dividing the last by a leaves the
+    rise of the loss under ASAM's perturbation unchanged, with η = 0 and all parameters
+    adapting: largest over smallest rise"""
     return over_factors(runs, "asam")
 
 
-@claim(methods.QUESTION, low=2.0)
+@claim(methods.QUESTION, low=2.0, domain="positive")
 def fixed_biases_lose_it(runs: SeedRuns) -> float:
-    """Where the biases do not adapt, scaling the layers of a ReLU network by a and 1/a changes the
-    loss that ASAM looks at: largest increase over smallest, twofold or more"""
+    """Multiplying the first layer of a ReLU network by a and dividing the last by a changes the
+    rise of the loss under ASAM's perturbation at least twofold if the biases do not adapt:
+    largest over smallest rise"""
     return over_factors(runs, "asam_weights")
 
 
-@claim(methods.QUESTION, low=2.0)
+@claim(methods.QUESTION, low=2.0, domain="positive")
 def asam_steps_do(runs: SeedRuns) -> float:
-    """Scaling the layers of a ReLU network by a and 1/a changes the step of ASAM, all parameters
-    adapting: largest over smallest change of the outputs, twofold or more"""
+    """Multiplying the first layer of a ReLU network by a and dividing the last by a changes
+    what a whole step of ASAM does to the outputs at least twofold, even with all parameters
+    adapting: largest over smallest change"""
     return over_factors(runs, "step_asam")
 
 
