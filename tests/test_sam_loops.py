@@ -230,6 +230,8 @@ def test_clipping_in_the_step_bounds_what_the_optimizer_sees():
         torch.testing.assert_close(p.detach(), w - 0.1 * g)
 
 
+# What SequentialLR of torch 2.8 says of its own call.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_scheduler_of_the_optimizer_works_as_without_sam_and_gives_no_warning(by_hand):
     """Trap: "lr_scheduler.step() before optimizer.step()" at every start (davda54/sam#28)."""
