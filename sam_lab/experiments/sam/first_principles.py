@@ -68,13 +68,7 @@ class Config(methods.Task):
 PRESETS = {
     "laptop": Config(),
     "paper": Config(
-        dataset="cifar10",
-        train=None,
-        architecture="cnn",
-        widths=(32, 64, 128),
-        lr=0.1,
-        epochs=100,
-        measured=5000,
+        **methods.PAPER,
         checkpoints=(0, 1, 2, 5, 10, 20, 50, 100),
     ),
 }
@@ -212,6 +206,12 @@ def length_needed(runs: SeedRuns) -> float:
     return float(np.exp(at[-1]))
 
 
+def longest_over_sam(runs: SeedRuns, name: str) -> float:
+    """What training ends with under the longest random perturbations, over what SAM ends with."""
+    longest = max(runs.all(study="noise"), key=lambda run: run.settings["rho"])
+    return longest.value(name) / float(along(runs, "sam")[name][-1])
+
+
 CHAPTER = Source("the question of chapter 3", "ours")
 CONTROL = Source("the control of chapter 3", "control")
 
@@ -263,16 +263,14 @@ def noise_must_be_long(runs: SeedRuns) -> float:
 def longest_noise_is_sharper(runs: SeedRuns) -> float:
     """Training with the longest random perturbations tried, sixty times as long as SAM's, still
     ends sharper than SAM: ratio of final sharpness"""
-    longest = max(runs.all(study="noise"), key=lambda run: run.settings["rho"])
-    return longest.value("sharpness") / float(along(runs, "sam")["sharpness"][-1])
+    return longest_over_sam(runs, "sharpness")
 
 
 @claim(CONTROL, low=1.0, set_after=True, domain="positive")
 def longest_noise_costs_loss(runs: SeedRuns) -> float:
     """Training with the longest random perturbations tried, sixty times as long as SAM's, ends with
     a larger training loss than SAM: ratio of final training losses"""
-    longest = max(runs.all(study="noise"), key=lambda run: run.settings["rho"])
-    return longest.value("loss") / float(along(runs, "sam")["loss"][-1])
+    return longest_over_sam(runs, "loss")
 
 
 CLAIMS = [

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from sam_lab.training import evaluate, squared_error
 __all__ = [
     "CLAIMS",
     "METHODS",
+    "PAPER",
     "STUDY",
     "Task",
     "bias_share",
@@ -105,6 +107,18 @@ class Task:
     def micro_sizes(self) -> tuple[int, ...]:
         """The whole batch, and the parts of it that a perturbation is made for."""
         return (self.batch, *self.micros)
+
+
+# What is trained at the paper's scale, as fields of a task.
+PAPER: dict[str, Any] = {
+    "dataset": "cifar10",
+    "train": None,
+    "architecture": "cnn",
+    "widths": (32, 64, 128),
+    "lr": 0.1,
+    "epochs": 100,
+    "measured": 5000,
+}
 
 
 def load(task: Task, seed: int = 0, device: torch.device | str = "cpu") -> data.Dataset:

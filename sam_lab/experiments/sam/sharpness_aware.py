@@ -95,13 +95,7 @@ class Config(methods.Task):
 PRESETS = {
     "laptop": Config(),
     "paper": Config(
-        dataset="cifar10",
-        train=None,
-        architecture="cnn",
-        widths=(32, 64, 128),
-        lr=0.1,
-        epochs=100,
-        measured=5000,
+        **methods.PAPER,
         checkpoints=(1, 10, 50, 100),
         ascent=50,
         gd_checkpoints=(200, 500, 1000, 2000),
