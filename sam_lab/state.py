@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "evaluating", "kept_buffers", "load_optimizer", "undisturbed"]
+__all__ = [
+    "RandomState",
+    "evaluating",
+    "kept_buffers",
+    "load_optimizer",
+    "undisturbed",
+    "whole_float32",
+]
 
 
 class RandomState:
@@ -160,3 +167,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         optimizer.state, optimizer.param_groups = was
         name = type(optimizer).__name__
         raise ValueError(f"state is not of an optimizer like this {name}: {error!r}") from error
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside, convolutions in float32 on a GPU are not rounded to TensorFloat-32, which is torch's
+    default for them and keeps three decimal digits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

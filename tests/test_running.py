@@ -1,7 +1,9 @@
 """Experiments: the registry, running and resuming, the command line."""
 
+import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from sam_lab.experiments import (
 )
 from sam_lab.experiments.__main__ import main
 from sam_lab.experiments.lab.store import Store
+from sam_lab.experiments.sam import sam_edge_mlp
 
 
 @pytest.fixture
@@ -208,6 +211,9 @@ def test_seeds_in_the_command_line_of_a_result():
         ({"seeds": [0.5]}, "seeds must be"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"workers": 0}, "workers must be a whole number >= 1, got 0"),
+        ({"workers": 1.5}, "workers must be a whole number >= 1, got 1.5"),
+        ({"workers": 2}, "workers must be 1 for 'toy': several find an experiment by its name"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_it_starts(arguments, message):
@@ -334,6 +340,49 @@ def test_progress_without_tqdm_is_lines_even_in_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     experiments.run(toy(), seeds=1)
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+# --- several workers ------------------------------------------------------------------------------
+
+# Processes of their own find an experiment by its name, so these are runs of a shipped one.
+NARROW = sam_edge_mlp.Config(images=40, hidden=(4,), lrs=(0.1, 0.2), rhos=(0.0,), steps=4, every=2)
+
+
+@pytest.mark.slow
+def test_several_workers_make_the_same_result(tmp_path):
+    ways = {"seeds": 2, "device": "cpu", "progress": False}
+    alone = experiments.run("sam_edge_mlp", NARROW, **ways)
+    shared = experiments.run("sam_edge_mlp", NARROW, workers=2, out=tmp_path, **ways)
+    assert shared.runs == alone.runs
+    (origin,) = shared.provenance
+    assert origin["workers"] == 2 and "workers" not in alone.provenance[0]
+    assert origin["threads"] == max(1, torch.get_num_threads() // 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["sam_edge_mlp.custom.json"]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_cost_those_beside_it(tmp_path):
+    diverging = dataclasses.replace(NARROW, lrs=(0.1, 1e30))
+    with pytest.raises(FloatingPointError, match="not finite") as caught:
+        experiments.run("sam_edge_mlp", diverging, 2, "cpu", tmp_path, progress=False, workers=4)
+    assert any("lr=1e+30" in note for note in caught.value.__notes__)
+    kept = (tmp_path / ".sam_edge_mlp.custom.partial").glob("*.json")
+    assert len(list(kept)) == 2
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_workers(tmp_path, monkeypatch):
+    put = Store.put
+
+    def put_and_stop(self, *run):
+        put(self, *run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "put", put_and_stop)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after \d of 4 runs; they are kept in"):
+        experiments.run("sam_edge_mlp", NARROW, 2, "cpu", tmp_path, progress=False, workers=2)
+    assert multiprocessing.active_children() == []
 
 
 # --- interrupted and taken up again ---------------------------------------------------------------
@@ -581,6 +630,7 @@ def test_merge_on_the_command_line(package, tmp_path, capsys):
         (["run", "toy_cli", "--seeds", "0"], "seeds must be"),
         (["run", "toy_cli", "--seeds", "many"], "--seeds must be a number"),
         (["run", "toy_cli", "--seeds", "1,1"], "seeds must be"),
+        (["run", "toy_cli", "--workers", "0"], "workers must be a whole number"),
         (["run", "toy_cli", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["show", "absent.json"], "absent.json"),
         (["merge", "absent.json"], "absent.json"),

@@ -15,6 +15,7 @@ from sam_lab.state import (
     kept_buffers,
     load_optimizer,
     undisturbed,
+    whole_float32,
 )
 
 X = torch.linspace(-1, 1, 24).reshape(8, 3)
@@ -370,3 +371,21 @@ def test_a_state_that_does_not_fit_leaves_the_optimizer_as_it_was(state):
     take_step(params, optimizer)
     take_step(twins, twin)
     assert_alike(list(params), list(twins))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_float32_is_whole_inside_and_as_before_afterwards(monkeypatch, before):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    with pytest.raises(KeyError), whole_float32():
+        assert not torch.backends.cudnn.allow_tf32
+        raise KeyError
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_convolution_on_a_gpu_has_all_digits_of_float32():
+    x, w = (torch.randn(8, 64, 9, 9, device="cuda") for _ in range(2))
+    with whole_float32():
+        found = nn.functional.conv2d(x, w, padding=4)
+    wanted = nn.functional.conv2d(x.double(), w.double(), padding=4)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5

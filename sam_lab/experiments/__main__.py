@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     go.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     go.add_argument("--seeds", default="3", help="how many (default 3), or which: 0,1,2")
     go.add_argument("--out", type=Path, default=Path("results"), help="folder (default: results)")
+    go.add_argument(
+        "--workers", type=int, default=1, help="processes that share the runs (default: 1)"
+    )
     go.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
@@ -102,6 +105,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         out=args.out,
         progress=not args.quiet,
+        workers=args.workers,
     )
     try:
         verdicts = str(table(result))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 
 from sam_lab.experiments.lab.experiment import Cell, Experiment, check_config, config_dict
 from sam_lab.experiments.lab.progress import Progress
-from sam_lab.experiments.lab.registry import ExperimentError, get
+from sam_lab.experiments.lab.registry import ExperimentError, get, names
 from sam_lab.experiments.lab.result import Result, ResultError, Run, Setting, command, plain
 from sam_lab.experiments.lab.store import Store
 
@@ -34,6 +37,7 @@ def run(
     device: str | torch.device = "auto",
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    workers: int = 1,
 ) -> Result:
     """Run every setting of an experiment with every seed.
 
@@ -46,13 +50,17 @@ def run(
         out: folder for ``NAME.SCALE.json``. While the experiment is under way, its finished runs
             are kept there in ``.NAME.SCALE.partial/``, and the same call takes them up again.
         progress: show progress on stderr.
+        workers: processes that share the runs. More than one pays where a run leaves the machine
+            idle: small networks on a GPU, one thread a run on many cores. They share the threads of
+            this process, and know the experiment by its name.
 
     Returns:
         The result; with ``out`` it has been written when the call returns.
 
     Raises:
         ExperimentError: unknown name or scale, config of another class, bad seeds or device,
-            ``out`` that cannot be written, or whose file has seeds that are not asked for.
+            ``out`` that cannot be written, or whose file has seeds that are not asked for; several
+            workers for an experiment that the registry does not have.
         Busy: another process runs the same experiment into the same folder.
         KeyboardInterrupt: on Ctrl-C; with ``out``, its message says what is kept.
     """
@@ -62,6 +70,7 @@ def run(
     place = _resolve_device(device)
     settings = _resolve_settings(chosen, config)
     tasks = [(setting, seed) for setting in settings for seed in seed_list]
+    shares = _resolve_workers(workers, chosen)
 
     store = None
     if out is not None:
@@ -73,28 +82,33 @@ def run(
         except OSError as error:
             raise ExperimentError(f"cannot write to out={str(out)!r}: {error.strerror}") from None
 
-    runs: list[Run] = []
-    seconds = 0.0
+    found: list[tuple[Run, float] | None] = [None] * len(tasks)
     bar = Progress(f"{chosen.name}, {label}", len(tasks), shown=progress)
     try:
-        for setting, seed in tasks:
-            kept = store.get(setting, seed) if store else None
-            if kept is None:
-                kept = _measure(chosen, config, setting, seed, place, bar)
-                if store:
-                    store.put(*kept)
-                bar.finish(kept[1])
-            else:
+        for number, (setting, seed) in enumerate(tasks):
+            found[number] = store.get(setting, seed) if store else None
+            if found[number] is not None:
                 bar.skip(_task(setting, seed))
-            runs.append(kept[0])
-            seconds += kept[1]
-        origin = _provenance(chosen, label, seed_list, place, seconds)
-        result = Result(chosen.name, label, config_dict(config), runs, [origin])
+        missing = [number for number, kept in enumerate(found) if kept is None]
+        wanted = [tasks[number] for number in missing]
+        if shares > 1:
+            made = _side_by_side(chosen.name, config, wanted, place, bar, shares)
+        else:
+            made = _one_by_one(chosen, config, wanted, place, bar)
+        for which, run_made, seconds in made:
+            if store:
+                store.put(run_made, seconds)
+            found[missing[which]] = run_made, seconds
+            bar.finish(seconds)
+        runs, times = zip(*(each for each in found if each is not None), strict=True)
+        origin = _provenance(chosen, label, seed_list, place, sum(times), shares)
+        result = Result(chosen.name, label, config_dict(config), list(runs), [origin])
         if store:
             result.save(target)
             store.clear()
     except KeyboardInterrupt:
-        message = f"stopped after {len(runs)} of {len(tasks)} runs"
+        done = sum(each is not None for each in found)
+        message = f"stopped after {done} of {len(tasks)} runs"
         if store:
             message += f"; they are kept in {store.folder}, and the same command goes on from there"
         raise KeyboardInterrupt(message) from None
@@ -119,22 +133,82 @@ def check_overwrite(path: Path, seeds: Iterable[int]) -> None:
         )
 
 
+_Task = tuple[Setting, int]
+_Made = tuple[int, Run, float]  # number of the task, what it gave, seconds
+
+
 def _measure(
-    experiment: Experiment,
-    config: Any,
-    setting: Setting,
-    seed: int,
-    device: torch.device,
-    bar: Progress,
+    experiment: Experiment, config: Any, task: _Task, device: torch.device, bar: Progress | None
 ) -> tuple[Run, float]:
-    bar.start(_task(setting, seed))
+    setting, seed = task
     start = time.perf_counter()
     try:
-        columns = experiment.run(config, Cell(dict(setting), seed, device, bar.update))
+        cell = Cell(dict(setting), seed, device, *([bar.update] if bar else []))
+        columns = experiment.run(config, cell)
         return Run(setting, seed, columns), time.perf_counter() - start  # type: ignore[arg-type]
     except Exception as error:
         error.add_note(f"in experiment {experiment.name!r}, {_task(setting, seed)}")
         raise
+
+
+def _one_by_one(
+    experiment: Experiment, config: Any, tasks: list[_Task], device: torch.device, bar: Progress
+) -> Iterator[_Made]:
+    for number, task in enumerate(tasks):
+        bar.start(_task(*task))
+        yield number, *_measure(experiment, config, task, device, bar)
+
+
+def _side_by_side(
+    name: str, config: Any, tasks: list[_Task], device: torch.device, bar: Progress, workers: int
+) -> Iterator[_Made]:
+    """The runs in processes of their own, each as it is finished.
+
+    Where one of them fails, those under way are still waited for, and no more are begun.
+    """
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        workers,
+        # a process that has used a GPU cannot be forked
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_worker,
+        initargs=(max(1, torch.get_num_threads() // workers),),
+    )
+    try:
+        futures: dict[Future[tuple[Run, float]], int] = {
+            pool.submit(_work, name, config, task, device): number
+            for number, task in enumerate(tasks)
+        }
+        failure: BaseException | None = None
+        for future in as_completed(futures):
+            number = futures[future]
+            if future.cancelled():
+                continue
+            if failed := future.exception():
+                failure = failure or failed
+                for each in futures:
+                    each.cancel()
+                continue
+            bar.start(_task(*tasks[number]))
+            yield number, *future.result()
+        if failure is not None:
+            raise failure
+    except BaseException:
+        # what is under way is lost in any case: do not wait for it
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    torch.set_num_threads(threads)
+
+
+def _work(name: str, config: Any, task: _Task, device: torch.device) -> tuple[Run, float]:
+    return _measure(get(name), config, task, device, None)
 
 
 def _resolve_scale(experiment: Experiment, scale: Any) -> tuple[Any, str]:
@@ -183,6 +257,17 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ExperimentError(f"device {str(device)!r} cannot be used: {reason}") from None
     return chosen
+
+
+def _resolve_workers(workers: int, experiment: Experiment) -> int:
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ExperimentError(f"workers must be a whole number >= 1, got {workers!r}")
+    if workers > 1 and (experiment.name not in names() or get(experiment.name) is not experiment):
+        raise ExperimentError(
+            f"workers must be 1 for {experiment.name!r}: several find an experiment by its name, "
+            "and the registry has none that is this one"
+        )
+    return workers
 
 
 def _resolve_settings(experiment: Experiment, config: Any) -> list[Setting]:
@@ -234,7 +319,12 @@ def _source_digest(experiment: Experiment) -> str:
 
 
 def _provenance(
-    experiment: Experiment, label: str, seeds: list[int], device: torch.device, seconds: float
+    experiment: Experiment,
+    label: str,
+    seeds: list[int],
+    device: torch.device,
+    seconds: float,
+    workers: int,
 ) -> dict[str, Any]:
     import sam_lab
 
@@ -247,9 +337,10 @@ def _provenance(
         "torch": torch.__version__,
         "numpy": np.__version__,
         "device": _device_name(device),
-        "threads": torch.get_num_threads(),
+        "threads": max(1, torch.get_num_threads() // workers),
         "command": command(experiment.name, label, seeds) if label in experiment.presets else call,
         "seconds": round(seconds, 1),
+        **({"workers": workers} if workers > 1 else {}),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

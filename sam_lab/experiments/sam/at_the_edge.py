@@ -31,6 +31,7 @@ from sam_lab.experiments.lab.statistics import (
 from sam_lab.objective import Closure
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
+from sam_lab.state import whole_float32
 
 __all__ = [
     "CLAIMS",
@@ -115,7 +116,8 @@ def full_batch(
     def run(config: Grid, cell: Cell) -> Columns:
         model, closure = problem(config, cell.seed, cell.device)
         sam = SAM(torch.optim.SGD(model.parameters(), lr=cell["lr"]), cell["rho"], model)
-        return follow(sam, closure, config.steps, config.every, config.tol, cell.tick)
+        with whole_float32():
+            return follow(sam, closure, config.steps, config.every, config.tol, cell.tick)
 
     return run
 
