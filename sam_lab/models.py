@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-__all__ = ["ACTIVATIONS", "INITS", "Normalize", "cnn", "mlp", "transformer", "wide_resnet"]
+__all__ = [
+    "ACTIVATIONS",
+    "INITS",
+    "Normalize",
+    "Whiten",
+    "cnn",
+    "mlp",
+    "quick_resnet",
+    "transformer",
+    "wide_resnet",
+]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
@@ -199,6 +209,122 @@ def wide_resnet(
         return layers
 
     return _initialised(build, "torch", seed).to(device, dtype)
+
+
+def quick_resnet(
+    shape: Sequence[int] = (24, 31, 31),
+    classes: int = 10,
+    *,
+    widths: Sequence[int] = (64, 128, 256),
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Sequential:
+    """A small residual network that learns CIFAR-10 in few epochs, best behind `Whiten`.
+
+    For each width a `Group` at half the resolution; the largest value of each channel over all
+    pixels; one linear layer, its outputs over `SOFTER`. Convolutions have no bias.
+
+    Args:
+        shape: (channels, height, width) of one input; the default is what `Whiten` makes of a 32x32
+            image of three colours.
+        classes: size of the output.
+        widths: channels of each group.
+        seed: determines the initial weights (He normal, by fan out; batch norms begin as 1 and 0).
+
+    Raises:
+        ValueError: a width or shape below 1, or more groups than halvings of the resolution.
+
+    Source: the shape of network that those who train CIFAR-10 for speed have settled on (Page 2018,
+    *How to train your ResNet*; Jordan 2024, arXiv:2404.00498), without what is there for speed
+    alone.
+    """
+    channels, height, across = (int(size) for size in shape)
+    if not widths or min(channels, *widths) < 1 or min(height, across) < 2 ** len(widths):
+        raise ValueError(
+            "widths and channels must be positive, and each side of shape at least "
+            f"2 ** {len(widths)} for {len(widths)} groups, got {tuple(widths)} and {tuple(shape)}"
+        )
+
+    def build() -> list[nn.Module]:
+        layers: list[nn.Module] = [
+            Group(fan_in, fan_out) for fan_in, fan_out in pairwise((channels, *widths))
+        ]
+        layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), Soft(widths[-1], classes)]
+        for layer in nn.Sequential(*layers).modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        return layers
+
+    return _initialised(build, "torch", seed).to(device, dtype)
+
+
+SOFTER = 8.0
+"""What the logits of `quick_resnet` are divided by: the largest values over an image are large, and
+without it the loss is so sharp in the last layer that large learning rates are unstable there."""
+
+
+class Soft(nn.Linear):
+    """A linear layer whose outputs are divided by `SOFTER`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / SOFTER
+
+
+class Group(nn.Module):
+    """A part of `quick_resnet`: a 3x3 convolution, 2x2 max-pooling, batch norm and GELU; and to
+    that the same once more, without the pooling."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(fan_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = nn.functional.max_pool2d(self.conv1(x), 2)
+        x = nn.functional.gelu(self.norm1(pooled))
+        out: Tensor = x + nn.functional.gelu(self.norm2(self.conv2(x)))
+        return out
+
+
+class Whiten(nn.Module):
+    """Images (N, C, H, W) to their 2x2 patches, decorrelated: (N, 8 C, H - 1, W - 1).
+
+    The first layer of a model that takes pixels, fixed: it has no parameters. A channel is the
+    projection of a patch, less the mean patch, onto an eigenvector of the patches' covariance, over
+    the square root of that eigenvalue plus `eps`; and each comes with its negative, as the
+    activation behind would throw half of it away.
+
+    Args:
+        x: images (N, C, H, W) that the statistics are taken from.
+        eps: keeps directions that hardly occur from becoming noise.
+
+    Raises:
+        ValueError: x are no images of at least 2x2 pixels.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, x: Tensor, eps: float = 5e-4) -> None:
+        super().__init__()
+        if x.ndim != 4 or min(x.shape[2:]) < 2:
+            raise ValueError(
+                f"x must be images (N, C, H, W) of at least 2x2 pixels, got {tuple(x.shape)}"
+            )
+        patches = x.unfold(2, 2, 2).unfold(3, 2, 2)  # side by side: each pixel counts once
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T).double())
+        filters = (vectors / (values + eps).sqrt()).T.to(x.dtype)
+        filters = torch.cat([filters, -filters])
+        self.register_buffer("weight", filters.unflatten(1, (x.shape[1], 2, 2)).contiguous())
+        self.register_buffer("bias", -(filters @ mean))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight, self.bias)
 
 
 class Normalize(nn.Module):

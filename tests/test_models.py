@@ -8,11 +8,14 @@ from torch.nn import functional as F
 from sam_lab.models import (
     ACTIVATIONS,
     INITS,
+    SOFTER,
     ChannelNorm,
     Normalize,
     Residual,
+    Whiten,
     cnn,
     mlp,
+    quick_resnet,
     wide_resnet,
 )
 
@@ -336,6 +339,74 @@ def test_a_wide_resnet_refuses_a_depth_without_whole_blocks(depth):
 def test_a_wide_resnet_refuses_what_makes_no_network(options, got):
     with pytest.raises(ValueError, match=f"width, stride and shape .* must be positive, {got}"):
         wide_resnet(**options)
+
+
+# --- quick residual networks ----------------------------------------------------------------------
+
+
+def quick_by_hand(model, x, training):
+    """The network as functions of its tensors."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def normed(x, name):
+        statistics = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        scale, shift = state[f"{name}.weight"], state[f"{name}.bias"]
+        return F.batch_norm(x, *statistics, scale, shift, training, 0.1, 1e-5)
+
+    for group in (0, 1):
+        x = F.max_pool2d(F.conv2d(x, state[f"{group}.conv1.weight"], padding=1), 2)
+        x = F.gelu(normed(x, f"{group}.norm1"))
+        inner = F.conv2d(x, state[f"{group}.conv2.weight"], padding=1)
+        x = x + F.gelu(normed(inner, f"{group}.norm2"))
+    return (x.amax((2, 3)) @ state["4.weight"].T + state["4.bias"]) / SOFTER
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_quick_resnet_is_its_formula(training):
+    model = quick_resnet((5, 11, 9), 7, widths=(4, 6), seed=1, dtype=torch.float64).train(training)
+    x = torch.randn(6, 5, 11, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = quick_by_hand(model, x, training)
+    torch.testing.assert_close(model(x), wanted)
+    assert wanted.shape == (6, 7)
+
+
+def test_the_seed_alone_decides_the_weights_of_a_quick_resnet():
+    first, again, other = (flat(quick_resnet(widths=(2, 3), seed=seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "options", [{"widths": ()}, {"widths": (4, 0)}, {"shape": (0, 31, 31)}, {"shape": (3, 7, 31)}]
+)
+def test_a_quick_resnet_refuses_what_makes_no_network(options):
+    with pytest.raises(ValueError, match="widths and channels must be positive"):
+        quick_resnet(**options)
+
+
+def test_whitened_patches_are_uncorrelated_with_variance_one_and_have_their_negatives():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(500, 2, 8, 8, generator=generator, dtype=torch.float64).cumsum(3) / 8
+    whitened = Whiten(x, eps=0.0)(x)
+    assert whitened.shape == (500, 16, 7, 7)
+    half = whitened[:, :8]
+    torch.testing.assert_close(whitened[:, 8:], -half)
+    own = half[:, :, ::2, ::2].permute(0, 2, 3, 1).flatten(0, 2)  # the patches side by side
+    torch.testing.assert_close(own.mean(0), torch.zeros(8, dtype=torch.float64))
+    torch.testing.assert_close(torch.cov(own.T), torch.eye(8, dtype=torch.float64))
+
+
+def test_whitening_has_no_parameters_and_keeps_rare_directions_small():
+    flat_images = torch.rand(50, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    layer = Whiten(flat_images.expand(50, 1, 6, 6))
+    assert list(layer.parameters()) == [] and set(layer.state_dict()) == {"weight", "bias"}
+    noise = layer(torch.rand(9, 1, 6, 6, generator=torch.Generator().manual_seed(1)))
+    assert noise.abs().max() < 50  # 1 / sqrt(eps), where no image varies
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8), (4, 3, 1, 8)])
+def test_whitening_refuses_what_has_no_patches(shape):
+    with pytest.raises(ValueError, match="x must be images"):
+        Whiten(torch.zeros(shape))
 
 
 # --- normalisation --------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_something_changed_leaves_the_rest_and_the_recipe_itself():
 
 
 def test_another_place_to_standardize_is_refused_also_in_a_change():
-    with pytest.raises(ValueError, match="one of nowhere, data, network, got 'images'"):
+    with pytest.raises(ValueError, match="one of nowhere, data, network, patches, got 'images'"):
         PHOTOS.but(standardize="images")
 
 
@@ -84,6 +84,17 @@ def test_neither_makes_a_wide_residual_network_with_the_channels_last():
     )
     weights = [p for p in network.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_groups_make_a_quick_residual_network_behind_whitened_patches():
+    recipe = PHOTOS.but(hidden=(), groups=(4, 6), standardize="patches")
+    dataset = recipe.dataset()
+    whiten, _, network = recipe.network(dataset, seed=3)
+    assert_equal(
+        state(network), state(models.quick_resnet((24, 31, 31), 10, widths=(4, 6), seed=3))
+    )
+    assert torch.equal(whiten.weight, models.Whiten(dataset.x).weight)
+    assert recipe.network(dataset, seed=3)(dataset.x[:2]).shape == (2, 10)
 
 
 def test_a_network_that_standardizes_takes_pixels():
