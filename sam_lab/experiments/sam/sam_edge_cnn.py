@@ -67,7 +67,7 @@ DESKTOP = Config(
     every=25,
     tol=2e-2,
 )
-PAPER = replace(DESKTOP, chunk=1000, rhos=(0.0, 0.03, 0.1), steps=20_000, every=100, tol=1e-2)
+PAPER = replace(DESKTOP, chunk=1000, lrs=(0.004, 0.01), steps=6000, every=30, tol=1e-2)
 
 
 def problem(

@@ -88,8 +88,9 @@ PAPER = Config(
     length=64,
     batch=128,
     fixed=512,
-    steps=10_000,
-    every=100,
+    rhos=(0.0, 0.1),
+    steps=2400,
+    every=24,
 )
 
 
