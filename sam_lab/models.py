@@ -20,8 +20,8 @@ __all__ = [
     "Normalize",
     "Whiten",
     "cnn",
+    "fast_resnet",
     "mlp",
-    "quick_resnet",
     "transformer",
     "wide_resnet",
 ]
@@ -211,7 +211,7 @@ def wide_resnet(
     return _initialised(build, "torch", seed).to(device, dtype)
 
 
-def quick_resnet(
+def fast_resnet(
     shape: Sequence[int] = (24, 31, 31),
     classes: int = 10,
     *,
@@ -260,7 +260,7 @@ def quick_resnet(
 
 
 SOFTER = 8.0
-"""What the logits of `quick_resnet` are divided by: the largest values over an image are large, and
+"""What the logits of `fast_resnet` are divided by: the largest values over an image are large, and
 without it the loss is so sharp in the last layer that large learning rates are unstable there."""
 
 
@@ -272,7 +272,7 @@ class Soft(nn.Linear):
 
 
 class Group(nn.Module):
-    """A part of `quick_resnet`: a 3x3 convolution, 2x2 max-pooling, batch norm and GELU; and to
+    """A part of `fast_resnet`: a 3x3 convolution, 2x2 max-pooling, batch norm and GELU; and to
     that the same once more, without the pooling."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:

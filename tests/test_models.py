@@ -14,8 +14,8 @@ from sam_lab.models import (
     Residual,
     Whiten,
     cnn,
+    fast_resnet,
     mlp,
-    quick_resnet,
     wide_resnet,
 )
 
@@ -341,10 +341,10 @@ def test_a_wide_resnet_refuses_what_makes_no_network(options, got):
         wide_resnet(**options)
 
 
-# --- quick residual networks ----------------------------------------------------------------------
+# --- fast residual networks ----------------------------------------------------------------------
 
 
-def quick_by_hand(model, x, training):
+def fast_by_hand(model, x, training):
     """The network as functions of its tensors."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -362,25 +362,25 @@ def quick_by_hand(model, x, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_quick_resnet_is_its_formula(training):
-    model = quick_resnet((5, 11, 9), 7, widths=(4, 6), seed=1, dtype=torch.float64).train(training)
+def test_a_fast_resnet_is_its_formula(training):
+    model = fast_resnet((5, 11, 9), 7, widths=(4, 6), seed=1, dtype=torch.float64).train(training)
     x = torch.randn(6, 5, 11, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    wanted = quick_by_hand(model, x, training)
+    wanted = fast_by_hand(model, x, training)
     torch.testing.assert_close(model(x), wanted)
     assert wanted.shape == (6, 7)
 
 
-def test_the_seed_alone_decides_the_weights_of_a_quick_resnet():
-    first, again, other = (flat(quick_resnet(widths=(2, 3), seed=seed)) for seed in (5, 5, 6))
+def test_the_seed_alone_decides_the_weights_of_a_fast_resnet():
+    first, again, other = (flat(fast_resnet(widths=(2, 3), seed=seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(
     "options", [{"widths": ()}, {"widths": (4, 0)}, {"shape": (0, 31, 31)}, {"shape": (3, 7, 31)}]
 )
-def test_a_quick_resnet_refuses_what_makes_no_network(options):
+def test_a_fast_resnet_refuses_what_makes_no_network(options):
     with pytest.raises(ValueError, match="widths and channels must be positive"):
-        quick_resnet(**options)
+        fast_resnet(**options)
 
 
 def test_whitened_patches_are_uncorrelated_with_variance_one_and_have_their_negatives():

@@ -90,9 +90,7 @@ def test_groups_make_a_quick_residual_network_behind_whitened_patches():
     recipe = PHOTOS.but(hidden=(), groups=(4, 6), standardize="patches")
     dataset = recipe.dataset()
     whiten, _, network = recipe.network(dataset, seed=3)
-    assert_equal(
-        state(network), state(models.quick_resnet((24, 31, 31), 10, widths=(4, 6), seed=3))
-    )
+    assert_equal(state(network), state(models.fast_resnet((24, 31, 31), 10, widths=(4, 6), seed=3)))
     assert torch.equal(whiten.weight, models.Whiten(dataset.x).weight)
     assert recipe.network(dataset, seed=3)(dataset.x[:2]).shape == (2, 10)
 

@@ -16,7 +16,7 @@ from sam_lab.curvature import Hessian
 from sam_lab.data import Dataset
 from sam_lab.training import LossFn, Phase, Training, crop_and_flip
 
-__all__ = ["CIFAR", "CIFAR_QUICK", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
+__all__ = ["CIFAR", "CIFAR_FAST", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
 
 STANDARDIZE = ("nowhere", "data", "network", "patches")
 
@@ -33,7 +33,7 @@ class Recipe:
             `models.Whiten`), and a GELU comes behind.
         hidden: widths of a fully connected network's hidden layers; if there are none, `channels`
             of a convolutional network (see `models.cnn`); if there are none of these either,
-            `groups` of a quick residual one (see `models.quick_resnet`); and if there are no groups
+            `groups` of a fast residual one (see `models.fast_resnet`); and if there are no groups
             `depth`, `width` and `stride` of a wide residual network (see `models.wide_resnet`).
         augment: whether images are shifted and mirrored.
         shift: pixels by which they are shifted at most.
@@ -140,7 +140,7 @@ class Recipe:
             )
         net: nn.Module
         if self.groups:
-            net = models.quick_resnet(shape, classes, widths=self.groups, seed=seed, device=device)
+            net = models.fast_resnet(shape, classes, widths=self.groups, seed=seed, device=device)
         else:
             net = models.wide_resnet(
                 self.depth, self.width, shape, classes, stride=self.stride, seed=seed, device=device
@@ -229,7 +229,7 @@ CIFAR_TENTH = Recipe("cifar10", 5000, 500, stride=2, lr=0.1)
 """The desktop's: a tenth of CIFAR-10, and a small wide residual network."""
 CIFAR = Recipe("cifar10", 50_000, 10_000, depth=16, width=8, augment=True, epochs=100, lr=0.1)
 """The paper's: WRN-16-8 on all of CIFAR-10."""
-CIFAR_QUICK = Recipe(
+CIFAR_FAST = Recipe(
     "cifar10",
     50_000,
     10_000,

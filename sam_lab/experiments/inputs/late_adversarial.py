@@ -34,7 +34,7 @@ from sam_lab.experiments.late.switching import (
     reached,
     summed_lr,
 )
-from sam_lab.experiments.recipe import CIFAR, CIFAR_QUICK, CIFAR_TENTH, DIGITS, Recipe
+from sam_lab.experiments.recipe import CIFAR, CIFAR_FAST, CIFAR_TENTH, DIGITS, Recipe
 from sam_lab.training import Training, evaluate
 
 __all__ = ["DESKTOP", "EXPERIMENT", "LAPTOP", "PAPER", "Config", "attack", "prepare", "run"]
@@ -74,8 +74,8 @@ DESKTOP = Config(
     eps=4 / 255,
     attack_steps=4,
 )
-QUICK = Config(
-    CIFAR_QUICK.but(test=2000, epochs=12),
+FAST = Config(
+    CIFAR_FAST.but(test=2000, epochs=12),
     eps=4 / 255,
     schedules=("steps",),
     n_autoattack=500,
@@ -284,7 +284,7 @@ EXPERIMENT = Experiment(
     name="late_adversarial",
     title="Late adversarial training: the switching time",
     source="Zhou et al. 2025 (arXiv:2410.10373), the extension to adversarial training",
-    presets={"laptop": LAPTOP, "desktop": DESKTOP, "quick": QUICK, "paper": PAPER},
+    presets={"laptop": LAPTOP, "desktop": DESKTOP, "fast": FAST, "paper": PAPER},
     settings=lambda config: [{"schedule": schedule} for schedule in config.schedules],
     run=run,
     claims=CLAIMS,

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from sam_lab.experiments.lab.experiment import Experiment
 from sam_lab.experiments.late import late_phase
-from sam_lab.experiments.recipe import CIFAR, CIFAR_QUICK, CIFAR_TENTH, DIGITS
+from sam_lab.experiments.recipe import CIFAR, CIFAR_FAST, CIFAR_TENTH, DIGITS
 
 LAPTOP = late_phase.Config(DIGITS.but(standardize="data", tol=2e-2))
 DESKTOP = late_phase.Config(CIFAR_TENTH.but(standardize="data", test=10_000), trace_tol=0.15)
-QUICK = late_phase.Config(CIFAR_QUICK, late=(0.5, 0.75, 0.9), trace_tol=0.2)
+FAST = late_phase.Config(CIFAR_FAST, late=(0.5, 0.75, 0.9), trace_tol=0.2)
 # Radius, epochs, batch, smoothing and weight decay are the usual ones for this network; the paper's
 # own values for each network are not in its code.
 PAPER = late_phase.Config(
@@ -29,7 +29,7 @@ EXPERIMENT = Experiment(
     name="late_images",
     title="Late SAM on images: the switching time",
     source="Zhou et al. 2025 (arXiv:2410.10373), figures on the switching time",
-    presets={"laptop": LAPTOP, "desktop": DESKTOP, "quick": QUICK, "paper": PAPER},
+    presets={"laptop": LAPTOP, "desktop": DESKTOP, "fast": FAST, "paper": PAPER},
     settings=late_phase.settings,
     run=late_phase.run,
     claims=late_phase.CLAIMS,
