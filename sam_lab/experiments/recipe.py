@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sam_lab import data, models
 from sam_lab.curvature import Hessian
 from sam_lab.data import Dataset
+from sam_lab.experiments.lab.cost import gradient_flops
 from sam_lab.training import LossFn, Phase, Training, crop_and_flip
 
 __all__ = ["CIFAR", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
@@ -65,6 +66,21 @@ class Recipe:
             raise ValueError(
                 f"standardize must be one of {', '.join(STANDARDIZE)}, got {self.standardize!r}"
             )
+
+    @property
+    def architecture(self) -> str:
+        """The network's name, such as "WRN-16-8"."""
+        for kind, widths in (("MLP", self.hidden), ("CNN", self.channels)):
+            if widths:
+                return f"{kind} {'–'.join(map(str, widths))}"
+        name = f"WRN-{self.depth}-{self.width}"
+        return name if self.stride == 1 else f"{name} with a first stride of {self.stride}"
+
+    def gradient_flops(self) -> float:
+        """FLOPs of the gradient of the loss of one example."""
+        x, y = torch.rand(2, *data.SHAPES[self.data]), torch.zeros(2, dtype=torch.int64)
+        some = Dataset(self.data, x, y, x, y, data.CLASSES, "noise")
+        return gradient_flops(self.network(some), x)
 
     def but(self, **changed: Any) -> Recipe:
         """The same recipe with something changed."""
