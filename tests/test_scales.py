@@ -1,6 +1,7 @@
 """How far a config is from the paper's own set-up, and what it costs to run."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ COUNTED = [name for name in experiments.names() if experiments.get(name).cost]
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    inner: Config = Config()
+    inner: Config = dataclasses.field(default_factory=Config)
     widths: tuple[int, ...] = ()
     flag: bool = False
     size: int = 50_000
@@ -82,7 +83,7 @@ def test_a_network_is_named_by_what_the_recipe_builds():
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=5), st.integers(1, 4))
 def test_a_gradients_flops_are_those_of_its_matrix_products(sizes, n):
-    pairs = list(zip(sizes, sizes[1:], strict=False))
+    pairs = list(itertools.pairwise(sizes))
     # forward, and backward to the weights of all layers and to the inputs of all but the first
     products = sum(4 * a * b for a, b in pairs) + sum(2 * a * b for a, b in pairs[1:])
     model = models.mlp(sizes, "relu")

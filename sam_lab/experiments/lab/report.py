@@ -180,9 +180,9 @@ class Ledger:
             "numbers of steps often could not. Where a scale is *not run*, the command and the "
             f"estimated cost of {SEEDS} seeds are given: floating-point operations of matrix "
             f"products and convolutions, counted, with {HVPS} Hessian-vector products assumed for "
-            f"one sharpness or trace; and the time they take at {TWO_CORES / 1e12:g} TFLOP/s on "
-            f"two CPU cores and {H100 / 1e12:g} TFLOP/s on one H100 in float32. Small networks reach "
-            "less of a GPU than that."
+            "one sharpness or trace; and the time they take at "
+            f"{TWO_CORES / 1e12:g} TFLOP/s on two CPU cores and {H100 / 1e12:g} TFLOP/s on one "
+            "H100 in float32. Small networks reach less of a GPU than that."
         )
 
     def notes(self) -> list[str]:
