@@ -26,9 +26,19 @@ from torch import Tensor
 
 from sam_lab import _optional
 
-__all__ = ["NAMES", "Dataset", "load", "one_hot", "root"]
+__all__ = ["CLASSES", "NAMES", "SHAPES", "Dataset", "load", "one_hot", "root"]
 
-_CLASSES = 10  # all six have ten
+SHAPES: dict[str, tuple[int, ...]] = {
+    "mnist_5k": (1, 28, 28),
+    "digits": (1, 8, 8),
+    "photos": (3, 32, 32),
+    "mnist1d": (1, 40),
+    "mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+}
+"""The shape of one input of each data set, for those who want to know it without loading it."""
+CLASSES = 10
+"""How many classes each data set has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +120,7 @@ def load(
         y=labels(y),
         x_test=inputs(x_test),
         y_test=labels(y_test),
-        classes=_CLASSES,
+        classes=CLASSES,
         source=source,
     )
 
@@ -164,9 +174,9 @@ def _deal(y: np.ndarray, seed: int) -> np.ndarray:
     """All indices of `y`, shuffled within each class and dealt one class after the other."""
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(y))
-    turn = rng.permutation(_CLASSES)  # in which order the classes are dealt
+    turn = rng.permutation(CLASSES)  # in which order the classes are dealt
     rounds = np.empty(len(y), dtype=np.int64)  # how many of its class come before
-    for label in range(_CLASSES):
+    for label in range(CLASSES):
         members = shuffled[y[shuffled] == label]
         rounds[members] = np.arange(len(members))
     return np.lexsort((turn[y], rounds))
@@ -245,18 +255,18 @@ def _photos(train: int | None, test: int | None, seed: int) -> _Arrays:
     Those of the training set and those of the test set have no pixel in common.
     """
     strips = _photographs()
-    turn = np.random.default_rng(seed).permutation(_CLASSES)
+    turn = np.random.default_rng(seed).permutation(CLASSES)
     sets: list[np.ndarray] = []
     regions = ("train", train, strips[:, :, :_BORDER]), ("test", test, strips[:, :, _BORDER:])
     for part, (argument, wanted, region) in enumerate(regions):
         patches = np.lib.stride_tricks.sliding_window_view(region, (_PATCH, _PATCH), axis=(2, 3))
         rows, columns = patches.shape[2:4]
-        n, total = wanted or 1000, _CLASSES * rows * columns
+        n, total = wanted or 1000, CLASSES * rows * columns
         if n > total:
             raise ValueError(f"{argument} must be at most {total} for photos, got {n}")
         rng = np.random.default_rng(np.random.SeedSequence([seed, part]))
-        places = np.stack([rng.permutation(rows * columns) for _ in range(_CLASSES)])
-        rounds, turns = np.divmod(np.arange(n), _CLASSES)
+        places = np.stack([rng.permutation(rows * columns) for _ in range(CLASSES)])
+        rounds, turns = np.divmod(np.arange(n), CLASSES)
         y = turn[turns]
         row, column = np.divmod(places[y, rounds], columns)
         sets += [patches[y, :, row, column], y]
@@ -373,10 +383,10 @@ def _mnist1d(train: int | None, test: int | None, seed: int) -> _Arrays:
     standard deviation of the sample drawn; labels are dealt in turn. The numbers therefore are not
     those of the authors' file.
     """
-    turn = np.random.default_rng(seed).permutation(_CLASSES)
+    turn = np.random.default_rng(seed).permutation(CLASSES)
     sets: list[np.ndarray] = []
     for part, n in enumerate((train or 4000, test or 1000)):
-        y = turn[np.arange(n) % _CLASSES]
+        y = turn[np.arange(n) % CLASSES]
         x = (_sequences(y, np.random.SeedSequence([seed, part])) - _MEAN) / _STD
         sets += [x[:, None], y]
     x, y, x_test, y_test = sets
@@ -397,7 +407,7 @@ def _sequences(y: np.ndarray, seed: np.random.SeedSequence) -> np.ndarray:
     glyphs = (_GLYPHS - _GLYPHS.mean(1, keepdims=True)) / _GLYPHS.std(1, keepdims=True)
     glyphs = np.pad((glyphs - glyphs[:, :1]) / 6, ((0, 0), (0, 1)))  # from 0 back to 0
     x = np.empty((n, length))
-    for label in range(_CLASSES):
+    for label in range(CLASSES):
         x[y == label] = np.interp(position[y == label], np.arange(size + 1), glyphs[label])
     x *= 1 + _SCALE * (amplitude - 0.5)
 

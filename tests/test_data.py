@@ -14,12 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 from sam_lab import _optional, data
 
 OFFLINE = ("mnist_5k", "digits", "photos", "mnist1d")
-SHAPES = {
-    "mnist_5k": (1, 28, 28),
-    "digits": (1, 8, 8),
-    "photos": (3, 32, 32),
-    "mnist1d": (1, 40),
-}
+SHAPES = {name: data.SHAPES[name] for name in OFFLINE}
 
 
 def counts(y: torch.Tensor) -> torch.Tensor:
@@ -91,6 +86,11 @@ class TestEveryOfflineDataSet:
     def test_a_size_that_is_not_positive_is_refused(self, name, argument, size) -> None:
         with pytest.raises(ValueError, match=f"{argument} must be a positive number.*got {size}"):
             data.load(name, **{argument: size})
+
+
+def test_the_shapes_are_known_of_every_data_set() -> None:
+    assert tuple(data.SHAPES) == data.NAMES
+    assert data.SHAPES["mnist"] == (1, 28, 28) and data.SHAPES["cifar10"] == (3, 32, 32)
 
 
 def test_the_default_is_the_real_mnist() -> None:

@@ -15,7 +15,9 @@ from sam_lab.experiments import (
     ledger_rows,
     side_by_side,
 )
+from sam_lab.experiments.lab.experiment import SCALES
 from sam_lab.experiments.lab.registry import part
+from sam_lab.experiments.lab.setup import Setup
 
 
 def _only(monkeypatch, **found):
@@ -32,18 +34,18 @@ def test_the_ledger_sets_both_scales_side_by_side(tmp_path, monkeypatch):
     book = ledger(tmp_path)
     assert book._repr_markdown_() == (
         f"{book.legend()}\n\n**{experiment.title}**\n\n"
+        "- *Paper*: Not run: `python -m sam_lab.experiments run toy --scale paper --seeds 3 "
+        "--out book/results`.\n\n"
         "| Statement | Source | Kind | Criterion | Set | Laptop | Paper |\n"
         "| --- | --- | --- | --- | --- | --- | --- |\n"
         "| It holds | Fig. 1 | after | 0.9 to 1.1 | before "
         "| 1.010 [0.985, 1.035] (3 seeds): reproduced "
-        "| not yet run |\n\n"
-        "Not yet run:\n\n"
-        "- `python -m sam_lab.experiments run toy --scale paper --seeds 3 --out book/results`"
+        "| not run |"
     )
-    assert "Paper      not yet run" in str(book) and repr(book) == str(book)
+    assert "Paper      not run" in str(book) and repr(book) == str(book)
     experiments.run(experiment, "paper", out=tmp_path, progress=False)
     complete = ledger(tmp_path)
-    assert "not yet run" not in complete._repr_markdown_().lower() and complete.problems == []
+    assert "Not run" not in complete._repr_markdown_() and complete.problems == []
 
 
 def test_a_scale_between_the_two_has_its_column_where_an_experiment_has_it(tmp_path, monkeypatch):
@@ -58,7 +60,32 @@ def test_a_scale_between_the_two_has_its_column_where_an_experiment_has_it(tmp_p
     assert tables["A toy"].header[5:] == ["Laptop", "Paper"]
     assert tables["Three scales"].header[5:] == ["Laptop", "Desktop", "Paper"]
     found = "1.010 [0.985, 1.035] (3 seeds): reproduced"
-    assert tables["Three scales"].rows[0][5:] == ["not yet run", found, "not yet run"]
+    assert tables["Three scales"].rows[0][5:] == ["not run", found, "not run"]
+    legend = ledger(tmp_path).legend()
+    assert all(f"*{scale}*: {SCALES[scale]}" in legend for scale in ("laptop", "desktop", "paper"))
+    assert "*fast*" not in legend  # no experiment here has it
+
+
+def test_every_scale_says_what_departs_from_the_papers_own_and_what_it_would_cost(
+    tmp_path, monkeypatch
+):
+    experiment = dataclasses.replace(
+        toy(claim_of([1.0, 1.01, 1.02])),
+        setup=Setup("its code", {"steps": 30}),
+        cost=lambda config: config.steps * 1e16,
+    )
+    _only(monkeypatch, toy=experiment)
+    experiments.run(experiment, out=tmp_path, progress=False)
+    book = ledger(tmp_path)
+    small, large = (line for line, _ in book.scales()["A toy"].items)
+    assert small == "*Laptop*: steps 3 (paper: 30)."
+    assert large == (
+        "*Paper*: the paper's set-up, as far as compared (steps). Not run: `python -m "
+        "sam_lab.experiments run toy --scale paper --seeds 3 --out book/results`, "
+        "9.0e+17 FLOPs: about 104 days on two CPU cores, 8.3 hours on one H100."
+    )
+    assert f"- {small}\n- {large}\n\n| Statement |" in book._repr_markdown_()
+    assert "steps 3 (paper: 30)" in str(book)
 
 
 def test_results_stand_side_by_side_claim_by_claim(monkeypatch):

@@ -18,24 +18,32 @@ OPEN = (
     "1.1 [0.9, 1.3] (3 seeds): inconclusive (it does not apply in 1 of 3 seeds: it is reproduced)"
 )
 OUT = "does not apply (undefined: SAM was no flatter than SGD here); 5 seeds"
-NOT = "not yet run"
+NOT = "not run"
+
+
+COMMAND = "`python -m sam_lab.experiments run it --scale paper --seeds 3 --out book/results`"
 
 
 def tables(*experiments: tuple[str, list[str], list[list[str]]]) -> list[str]:
     parts = []
     for title, scales, rows in experiments:
         lines = [[*HEADER, *scales], ["---"] * (5 + len(scales)), *rows]
+        lead = [f"- *{scale}*: images 500 (paper: 60,000). Not run: {COMMAND}." for scale in scales]
         parts.append(f"**{title}**")
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append("\n".join(lead) + f"\n\n{table}")
     return parts
 
 
 EDGE = (
     "Sharpness along gradient descent",
-    ["Laptop", "Desktop", "Paper"],
+    ["Laptop", "Desktop", "Fast", "Paper"],
     [
-        ["**It rises to $2/\\eta$**", "Cohen et al. 2021", "paper", "≥ 1", "before", YES, YES, NOT],
-        ["Random steps do nothing", "control", "control", "≤ 1", "after", NO, YES, NOT],
+        [
+            *("**It rises to $2/\\eta$**", "Cohen et al. 2021", "paper", "≥ 1", "before"),
+            *(YES, YES, YES, NOT),
+        ],
+        ["Random steps do nothing", "control", "control", "≤ 1", "after", NO, YES, YES, NOT],
     ],
 )
 LATE = (
@@ -96,7 +104,7 @@ def test_without_filters_everything_is_shown_and_counted(visit):
     assert statements(page) == [FLAT, FAST, VALLEY, RISES, RANDOM]
     assert page.get_by_role("status").inner_text() == "5 of 5 claims"
     found = bars(page)
-    assert list(found) == ["Laptop", "Desktop", "Paper"]
+    assert list(found) == ["Laptop", "Desktop", "Fast", "Paper"]
     assert found == {
         "Laptop": [
             "✓ 1 reproduced",
@@ -105,7 +113,8 @@ def test_without_filters_everything_is_shown_and_counted(visit):
             "– 1 does not apply",
         ],
         "Desktop": ["✓ 2 reproduced"],
-        "Paper": ["… 5 not yet run"],
+        "Fast": ["✓ 2 reproduced"],
+        "Paper": ["… 5 not run"],
     }
     assert page.get_by_role("button", name="Show all").count() == 0
     assert page.locator("table:not(.ledger)").is_visible()  # is none of its business
@@ -124,7 +133,7 @@ def test_each_filter_leaves_the_rows_that_it_names(visit):
         ("Verdict", "not reproduced", [FAST, RANDOM]),
         ("Verdict", "inconclusive", [VALLEY]),
         ("Verdict", "does not apply", [FLAT]),
-        ("Verdict", "not yet run", [FLAT, FAST, VALLEY, RISES, RANDOM]),
+        ("Verdict", "not run", [FLAT, FAST, VALLEY, RISES, RANDOM]),
     ):
         page.get_by_label(label, exact=True).select_option(label=option)
         assert statements(page) == expected, option
@@ -153,6 +162,10 @@ def test_a_scale_and_a_verdict_belong_together_and_the_bar_follows(visit):
     assert statements(page) == [FAST, RANDOM]
     assert bars(page) == {"Laptop": ["✗ 2 not reproduced"]}
     assert page.locator('td[data-label="Desktop"]:visible').count() == 0
+    scales = page.locator(".ledger-scales li:visible em").all_inner_texts()
+    assert scales == ["Laptop", "Laptop"]  # each experiment's line of the scale that is shown
+    page.get_by_label("Part or experiment").select_option(label="The switching time")
+    assert page.locator(".ledger-scales:visible").count() == 1
 
 
 def test_search_finds_words_of_statement_source_and_experiment(visit):
@@ -215,3 +228,17 @@ def test_axe_finds_nothing_and_nothing_hangs_over_the_side(scheme, width, visit)
         assert edges["x"] >= 0 and edges["x"] + edges["width"] <= width
     page.get_by_label("Verdict").select_option(label="not reproduced")
     assert findings(page) == []
+
+
+def test_four_scales_stand_side_by_side_and_on_a_telephone_those_not_run_take_no_room(visit):
+    def cells(width):
+        page = visit("ledger.html", viewport={"width": width, "height": 900})
+        row = page.get_by_role("row").filter(has_text="Random steps")
+        found = row.locator("td[data-verdict]:visible")
+        return [(cell.bounding_box(), cell.get_attribute("data-label")) for cell in found.all()]
+
+    wide, narrow = cells(1280), cells(390)
+    assert [label for _, label in wide] == ["Laptop", "Desktop", "Fast", "Paper"]
+    assert len({box["y"] for box, _ in wide}) == 1
+    assert [label for _, label in narrow] == ["Laptop", "Desktop", "Fast"]
+    assert len({box["x"] for box, _ in narrow}) == 1

@@ -86,7 +86,7 @@ def test_neither_makes_a_wide_residual_network_with_the_channels_last():
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
-def test_groups_make_a_quick_residual_network_behind_whitened_patches():
+def test_groups_make_a_fast_residual_network_behind_whitened_patches():
     recipe = PHOTOS.but(hidden=(), groups=(4, 6), standardize="patches")
     dataset = recipe.dataset()
     whiten, _, network = recipe.network(dataset, seed=3)

@@ -1,8 +1,8 @@
 /* The ledger: search, filters and a summary of the verdicts.
 
    Everything is read from the tables of the page, which stay as they are without this script: the
-   part of the book is the heading above a table, the experiment the line in bold above it, and
-   every column after "Set" is a scale. The state of the filters stands in the address, so that a
+   part of the book is the heading above a table, the experiment the line in bold above it, with a
+   list of its scales below that, and every column after "Set" is a scale. The state of the filters stands in the address, so that a
    view can be linked: ledger.html#verdict=not-reproduced&source=Zhou */
 
 (() => {
@@ -13,10 +13,10 @@
     "not reproduced": "✗",
     inconclusive: "≈",
     "does not apply": "–",
-    "not yet run": "…",
+    "not run": "…",
   };
   // The first of them in a cell is its verdict; a reason after it may hold another.
-  const WORDS = /not reproduced|does not apply|not yet run|inconclusive|reproduced/;
+  const WORDS = /not reproduced|does not apply|not run|inconclusive|reproduced/;
 
   const make = (tag, attributes = {}, ...contents) => {
     const element = document.createElement(tag);
@@ -62,7 +62,7 @@
       cell.setAttribute("role", "cell");
       cell.dataset.label = name;
       if (scales.includes(name)) {
-        const verdict = text.match(WORDS)?.[0] ?? "not yet run";
+        const verdict = text.match(WORDS)?.[0] ?? "not run";
         row.cells[name] = { cell, verdict };
         cell.dataset.verdict = slug(verdict);
         emphasise(cell, verdict);
@@ -78,16 +78,23 @@
   function read(article) {
     const rows = [];
     const groups = [];
+    const lines = [];
     let part = null;
     let title = null;
-    for (const element of article.querySelectorAll("h2, p, table")) {
+    let lead = null;
+    for (const element of article.querySelectorAll("h2, p, ul, table")) {
       if (element.matches("h2")) {
         part = { name: heading(element), section: element.closest("section"), rows: [] };
       } else if (element.matches("p")) {
         if (element.closest("table")) continue;
         const [only, ...more] = element.children;
         const bold = only?.matches("strong") && more.length === 0;
-        if (bold && clean(only.textContent) === clean(element.textContent)) title = element;
+        if (bold && clean(only.textContent) === clean(element.textContent)) {
+          title = element;
+          lead = null;
+        }
+      } else if (element.matches("ul")) {
+        if (!element.closest("table")) lead = element;
       } else {
         const names = [...element.querySelectorAll("thead th")].map((th) => clean(th.textContent));
         if (names[0] !== "Statement" || !names.includes("Set") || !part) continue;
@@ -107,12 +114,15 @@
         );
         rows.push(...found);
         // Title and table, each with the box that the notebook and the theme put around it.
-        groups.push({ rows: found, elements: [title, element].filter(Boolean).map(outermost) });
+        lead?.classList.add("ledger-scales");
+        for (const li of lead?.children ?? [])
+          lines.push({ li, scale: clean(li.querySelector("em")?.textContent ?? "") });
+        groups.push({ rows: found, elements: [title, lead, element].filter(Boolean).map(outermost) });
         part.rows.push(...found);
         if (!groups.includes(part)) groups.push(Object.assign(part, { elements: [part.section] }));
       }
     }
-    return { rows, groups };
+    return { rows, groups, lines };
   }
 
   function outermost(element) {
@@ -161,7 +171,7 @@
   }
 
   function start(article) {
-    const { rows, groups } = read(article);
+    const { rows, groups, lines } = read(article);
     if (rows.length === 0) return;
     // In the order of the table that has most of them.
     const columns = rows.map((row) => Object.keys(row.cells)).sort((a, b) => b.length - a.length);
@@ -254,6 +264,8 @@
         for (const [scale, { cell }] of Object.entries(row.cells))
           cell.hidden = Boolean(wanted.scale) && slug(scale) !== wanted.scale;
       }
+      for (const { li, scale } of lines)
+        li.hidden = Boolean(wanted.scale) && slug(scale) !== wanted.scale;
       for (const group of groups) {
         const empty = group.rows.every((row) => row.tr.hidden);
         group.elements.forEach((element) => (element.hidden = empty));

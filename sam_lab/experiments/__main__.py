@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sam_lab.experiments.lab.experiment import SCALES
 from sam_lab.experiments.lab.registry import ExperimentError, broken, get, names, table
 from sam_lab.experiments.lab.result import Result, ResultError, merge
 from sam_lab.experiments.lab.runner import check_overwrite, run
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     go.add_argument(
         "--scale",
         default="laptop",
-        help="preset: laptop (default), desktop where there is one, or paper",
+        help=f"preset, of those that the experiment has: {', '.join(SCALES)} (default: laptop)",
     )
     go.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     go.add_argument("--seeds", default="3", help="how many (default 3), or which: 0,1,2")

@@ -21,11 +21,19 @@ import numpy as np
 
 from sam_lab.adversarial import AUTOATTACK, Attack, Threat, autoattack, pgd, robust_accuracy
 from sam_lab.data import Dataset
-from sam_lab.experiments.inputs.robustness import GRADIENT_ATTACKS, input_gradient, two_judges
+from sam_lab.experiments.inputs.robustness import (
+    GRADIENT_ATTACKS,
+    RESTARTS,
+    STEPS,
+    input_gradient,
+    two_judges,
+)
 from sam_lab.experiments.lab.claims import CONTROL, OURS, NotApplicable, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns
+from sam_lab.experiments.lab.setup import Setup
 from sam_lab.experiments.lab.statistics import Ratio
+from sam_lab.experiments.late import switching
 from sam_lab.experiments.late.switching import (
     SCHEDULES,
     branches,
@@ -134,6 +142,38 @@ def run(config: Config, cell: Cell) -> Columns:
             robust = robust_accuracy(end.model, x, y, partial(judge, attacks=attacks))[1]
             columns[name] = [1 - robust]
     return columns
+
+
+APGD = 1000  # gradients an example that AutoAttack's gradient attacks are counted with, at most
+
+
+def cost(config: Config) -> float:
+    """FLOPs of all settings with one seed; the attacks that judge are counted as if no example fell
+    before their end, and AutoAttack's other two attacks, of one run in each setting, are not."""
+    judged = STEPS * RESTARTS * (config.recipe.test + config.n_autoattack)
+    one = switching.cost(
+        config.recipe,
+        config.late,
+        config.early,
+        studied=config.attack_steps + 1,
+        hessians=1,
+        judged=judged + APGD * config.n_autoattack,
+    )
+    return len(config.schedules) * one
+
+
+SETUP = Setup(
+    "the paper's code, with the smaller of its two networks for attacks",
+    {
+        "recipe.data": "cifar10",
+        "recipe.train": 50_000,
+        "recipe.architecture": "WRN-16-8",
+        "recipe.epochs": 160,
+        "eps": 4 / 255,
+        "attack_steps": 10,
+    },
+    besides=["momentum carried over the switch (paper: not)"],
+)
 
 
 def _at_end(training: Training, dataset: Dataset, config: Config, seed: int) -> dict[str, float]:
@@ -288,4 +328,6 @@ EXPERIMENT = Experiment(
     settings=lambda config: [{"schedule": schedule} for schedule in config.schedules],
     run=run,
     claims=CLAIMS,
+    setup=SETUP,
+    cost=cost,
 )

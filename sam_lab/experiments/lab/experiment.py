@@ -12,14 +12,18 @@ import torch
 
 from sam_lab.experiments.lab.claims import Claim, Verdict
 from sam_lab.experiments.lab.result import Columns, Result, Setting, plain
+from sam_lab.experiments.lab.setup import Setup
 
 __all__ = ["SCALES", "Cell", "Experiment", "Studies", "Study", "check_config", "config_dict"]
 
 REQUIRED = ("laptop", "paper")
-SCALES = ("laptop", "desktop", "paper")
-"""The presets that the ledger sets side by side, from small to large: minutes on two CPU cores; the
-largest run on the papers' own data that two cores finish in about an hour; the papers' own scale.
-"""
+SCALES = {
+    "laptop": "a small network on little data, which two cores finish in minutes",
+    "desktop": "the largest run on the papers' own data that two cores finish in about an hour",
+    "fast": "all of CIFAR-10, with a small fast network that generalises",
+    "paper": "the paper's own network and data where it has them, on whatever machine it ran",
+}
+"""The presets that the ledger sets side by side, from small to large, and what each of them is."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Experiment:
         title: one line for a reader.
         source: paper, figure or section.
         presets: a frozen dataclass instance for ``"laptop"`` (minutes on two cores) and one for
-            ``"paper"``, and for ``"desktop"`` where there is something between (see `SCALES`);
-            more presets are allowed.
+            ``"paper"``, and for what there is between, see `SCALES`; more presets are allowed,
+            but are not in the ledger.
         settings: ``settings(config)`` lists what is compared, each a dict such as ``{"lr": 0.1}``.
         run: ``run(config, cell)`` measures one setting with one seed and returns columns,
             ``{"loss": [...], ...}``. All randomness comes from ``cell.seed``.
         claims: what the runs decide.
+        setup: the paper's own, as far as it is known, from which each preset may depart.
+        cost: ``cost(config)`` counts the FLOPs of all settings with one seed, without data.
 
     Raises:
         ValueError, TypeError: when a part is missing or of the wrong kind.
@@ -68,6 +74,8 @@ class Experiment:
     settings: Callable[[Any], list[Setting]] = field(repr=False)
     run: Callable[[Any, Cell], Mapping[str, Any]] = field(repr=False)
     claims: Sequence[Claim] = ()
+    setup: Setup | None = None
+    cost: Callable[[Any], float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -79,6 +87,8 @@ class Experiment:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", scale):
                 raise ValueError(f"experiment {self.name!r}: a preset cannot be called {scale!r}")
             check_config(config, f"experiment {self.name!r}, preset {scale!r}")
+            if self.setup:
+                self.setup.departures(config)  # a fact without its field is an error here
         ids = [claim.id for claim in self.claims]
         if len(set(ids)) < len(ids):
             raise ValueError(f"experiment {self.name!r}: claim ids must differ, got {ids}")

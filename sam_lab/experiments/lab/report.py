@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sam_lab.experiments.lab.claims import KINDS, Claim, Verdict
+from sam_lab.experiments.lab.cost import H100, HVPS, TWO_CORES, cost_in_words
 from sam_lab.experiments.lab.experiment import SCALES, Experiment, config_dict
 from sam_lab.experiments.lab.registry import broken, get, names, part
 from sam_lab.experiments.lab.result import Result, ResultError, command
 from sam_lab.experiments.lab.table import Bullets, Table
+
+SEEDS = 3  # of the commands for results that are missing, and of what these would cost
 
 __all__ = [
     "Ledger",
@@ -101,8 +104,9 @@ class Ledger:
     def tables(self) -> list[tuple[str, Table]]:
         """For each experiment its title and its claims, one row a claim, one column a scale.
 
-        A headline's statement is bold. *Kind* is that of the source, and *Set* says whether the
-        criterion was set before or after the first data: see `legend`.
+        Before it stands what each scale is, see `scales`. A headline's statement is bold. *Kind* is
+        that of the source, and *Set* says whether the criterion was set before or after the first
+        data: see `legend`.
         """
         grouped: dict[str, list[list[str]]] = {}
         headers: dict[str, list[str]] = {}
@@ -114,7 +118,7 @@ class Ledger:
                     row.kind,
                     row.criterion,
                     "after" if row.set_after else "before",
-                    *(cell.summary if cell else "not yet run" for cell in row.cells.values()),
+                    *(cell.summary if cell else "not run" for cell in row.cells.values()),
                 ]
             )
             scales = [scale.capitalize() for scale in row.cells]
@@ -122,10 +126,45 @@ class Ledger:
                 *("Statement", "Source", "Kind", "Criterion", "Set"),
                 *scales,
             ]
-        return [(title, Table(headers[title], rows)) for title, rows in grouped.items()]
+        leads = self.scales()
+        return [
+            (title, Table(headers[title], rows, lead=leads[title]))
+            for title, rows in grouped.items()
+        ]
+
+    def scales(self) -> dict[str, Bullets]:
+        """For each experiment, by its title, and each of its scales: what departs from the paper's
+        own set-up, where the experiment knows it, and, where no machine has run it, the command and
+        what it would cost."""
+        found: dict[str, Bullets] = {}
+        for experiment, _, verdicts in self.entries:
+            if experiment.title not in found:
+                run = {scale for scale, verdict in verdicts.items() if verdict}
+                lines = [
+                    (self._scale(experiment, scale, run=scale in run), list[str]())
+                    for scale in verdicts
+                ]
+                found[experiment.title] = Bullets(line for line in lines if line[0])
+        return found
+
+    def _scale(self, experiment: Experiment, scale: str, *, run: bool) -> str:
+        config, setup = experiment.presets[scale], experiment.setup
+        parts: list[str] = []
+        if setup:
+            departures = setup.departures(config)
+            same = f"the paper's set-up, as far as compared ({setup.compared()})"
+            parts.append("; ".join(departures) or same)
+        if not run:
+            words = f"Not run: `{command(experiment.name, scale, range(SEEDS), self.out)}`"
+            if experiment.cost:
+                words += f", {cost_in_words(SEEDS * experiment.cost(config))}"
+            parts.append(words)
+        return f"*{scale.capitalize()}*: {'. '.join(parts)}." if parts else ""
 
     def legend(self) -> str:
-        """What the columns *Kind* and *Set* and bold statements mean."""
+        """What the columns, the scales and bold statements mean."""
+        shown = {scale for _, _, verdicts in self.entries for scale in verdicts}
+        scales = "; ".join(f"*{name}*: {what}" for name, what in SCALES.items() if name in shown)
         kinds = "; ".join(f"*{kind}*: {meaning}" for kind, meaning in KINDS.items())
         return (
             f"**Kind** says how far a statement may be charged to its source. {kinds}.\n\n"
@@ -134,23 +173,23 @@ class Ledger:
             "its 95% interval, the number of seeds, and the verdict. The mean of a positive number "
             "is the geometric one, and intervals keep to the range of what they measure. A claim "
             "does not apply where its condition is not met, or where it asks for a share of a "
-            "difference that is not there."
+            "difference that is not there.\n\n"
+            f"**Scale**: every column after *Set* is one. {scales}. Under the title of an "
+            "experiment the code lists what of each scale departs from the paper's own set-up. "
+            "Compared is what could be read in the paper or its code; learning rates, radii and "
+            "numbers of steps often could not. Where a scale is *not run*, the command and the "
+            f"estimated cost of {SEEDS} seeds are given: floating-point operations of matrix "
+            f"products and convolutions, counted, with {HVPS} Hessian-vector products assumed for "
+            "one sharpness or trace; and the time they take at "
+            f"{TWO_CORES / 1e12:g} TFLOP/s on two CPU cores and {H100 / 1e12:g} TFLOP/s on one "
+            "H100 in float32. Small networks reach less of a GPU than that."
         )
 
     def notes(self) -> list[str]:
-        """Files that could not be used, and the commands for results that are missing."""
-        missing = [
-            command(experiment.name, scale, out=self.out)
-            for experiment, _, verdicts in self.entries
-            for scale, verdict in verdicts.items()
-            if verdict is None
-        ]
+        """Files that could not be used, and why."""
         notes = []
         if self.problems:
             notes.append("Not used:\n\n" + "\n".join(f"- {problem}" for problem in self.problems))
-        if missing:
-            commands = "\n".join(f"- `{command}`" for command in dict.fromkeys(missing))
-            notes.append("Not yet run:\n\n" + commands)
         return notes
 
     def _repr_markdown_(self) -> str:

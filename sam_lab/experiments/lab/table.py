@@ -10,15 +10,26 @@ __all__ = ["Bullets", "Table"]
 
 
 class Table:
-    """Rows under a header that show as a Markdown table in Jupyter, Colab and the book."""
+    """Rows under a header that show as a Markdown table in Jupyter, Colab and the book.
 
-    def __init__(self, header: list[str], rows: list[list[str]], notes: Iterable[str] = ()) -> None:
+    `lead` stands before the table, `notes` after it.
+    """
+
+    def __init__(
+        self,
+        header: list[str],
+        rows: list[list[str]],
+        notes: Iterable[str] = (),
+        lead: Bullets | None = None,
+    ) -> None:
         self.header, self.rows, self.notes = header, rows, list(notes)
+        self.lead = lead or Bullets([])
 
     def _repr_markdown_(self) -> str:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-        return "\n\n".join([table, *self.notes])
+        lead = [self.lead._repr_markdown_()] if self.lead.items else []
+        return "\n\n".join([*lead, table, *self.notes])
 
     def __repr__(self) -> str:
         return str(self)
@@ -35,7 +46,8 @@ class Table:
                     textwrap.fill(cell, 100, initial_indent=head, subsequent_indent=" " * len(head))
                 )
             blocks.append("\n".join(lines))
-        return "\n\n".join([*blocks, *self.notes]) or "nothing to show"
+        lead = [str(self.lead)] if self.lead.items else []
+        return "\n\n".join([*lead, *blocks, *self.notes]) or "nothing to show"
 
 
 class Bullets:

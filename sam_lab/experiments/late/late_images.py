@@ -10,6 +10,7 @@ network.
 from __future__ import annotations
 
 from sam_lab.experiments.lab.experiment import Experiment
+from sam_lab.experiments.lab.setup import Setup
 from sam_lab.experiments.late import late_phase
 from sam_lab.experiments.recipe import CIFAR, CIFAR_FAST, CIFAR_TENTH, DIGITS
 
@@ -25,6 +26,21 @@ PAPER = late_phase.Config(
     trace_tol=0.15,
 )
 
+SETUP = Setup(
+    "Figure 1 of the paper (network, data, epochs) and its code",
+    {
+        "recipe.data": "cifar10",
+        "recipe.train": 50_000,
+        "recipe.architecture": "WRN-16-8",
+        "recipe.epochs": 200,
+        "recipe.augment": True,
+        "recipe.measured": 5000,
+        "schedules": ("steps",),
+        "carried": (False,),
+    },
+    besides=["no cutout (paper: cutout)"],
+)
+
 EXPERIMENT = Experiment(
     name="late_images",
     title="Late SAM on images: the switching time",
@@ -33,4 +49,6 @@ EXPERIMENT = Experiment(
     settings=late_phase.settings,
     run=late_phase.run,
     claims=late_phase.CLAIMS,
+    setup=SETUP,
+    cost=late_phase.cost,
 )

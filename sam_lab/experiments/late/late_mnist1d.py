@@ -39,4 +39,5 @@ EXPERIMENT = Experiment(
     settings=late_phase.settings,
     run=late_phase.run,
     claims=[*late_phase.CLAIMS, *late_phase.FACTOR_CLAIMS],
+    cost=late_phase.cost,
 )

@@ -27,6 +27,7 @@ from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
 from sam_lab.experiments.lab.experiment import Cell
 from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.lab.statistics import Ratio, farthest_from_one
+from sam_lab.experiments.late import switching
 from sam_lab.experiments.late.switching import (
     SCHEDULES,
     branches,
@@ -45,6 +46,7 @@ __all__ = [
     "FACTOR_CLAIMS",
     "Config",
     "against_summed_lr",
+    "cost",
     "late_over_sgd",
     "objective",
     "prepare",
@@ -140,6 +142,13 @@ def run(config: Config, cell: Cell) -> Columns:
         way = dict.fromkeys(_WAY, float("nan")) if switch is None else _way(switch, end, config)
         rows.add(**interval, **_end(end, dataset, config), **way)
     return rows.columns
+
+
+def cost(config: Config) -> float:
+    """FLOPs of all settings with one seed; of SAM two gradients a step, of the Hessian two
+    sharpnesses and a trace at the end of a run, and a sharpness at its switch."""
+    one = switching.cost(config.recipe, config.late, config.early, studied=2, hessians=4)
+    return len(settings(config)) * one
 
 
 _WAY = ("distance", "barrier", "switch_objective", "switch_sharpness")

@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from sam_lab.experiments.lab.claims import NotApplicable
+from sam_lab.experiments.lab.cost import measurement
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
 from sam_lab.experiments.lab.statistics import Ratio
+from sam_lab.experiments.recipe import Recipe
 from sam_lab.training import Phase, Schedule, Training, constant, early, late, step_decay
 
 __all__ = [
     "SCHEDULES",
     "against_share",
     "branches",
+    "cost",
     "ends",
     "off_the_clock",
     "reached",
@@ -83,6 +86,31 @@ def branches(
             yield _interval(end), trunk, end
         trunk.run(on_epoch=on_epoch)
         yield _interval(trunk), None, trunk
+
+
+def cost(
+    recipe: Recipe,
+    late_at: tuple[float, ...],
+    early_at: tuple[float, ...],
+    studied: int,
+    hessians: int,
+    judged: float = 0,
+) -> float:
+    """FLOPs of all runs of one setting with one seed.
+
+    Args:
+        late_at, early_at: as `branches` takes them.
+        studied: gradients that a step of what is studied takes, where one of SGD takes one.
+        hessians: measurements of a Hessian at the end of a run.
+        judged: gradients of single examples that attacks take at the end of a run.
+    """
+    late_epochs = recipe.epochs * (1 + sum(1 - at for at in late_at))
+    sgd_epochs = recipe.epochs * (1 + sum(1 - at for at in early_at))
+    gradient, runs = recipe.gradient_flops(), 2 + len(late_at) + len(early_at)
+    training = recipe.train * (studied * late_epochs + sgd_epochs) * gradient
+    return training + runs * (
+        hessians * measurement(recipe.measured * gradient) + judged * gradient
+    )
 
 
 def _epochs(name: str, shares: tuple[float, ...], epochs: int) -> list[int]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from sam_lab.experiments.lab.claims import CONTROL, NotApplicable, Source, claim
+from sam_lab.experiments.lab.cost import measurement
 from sam_lab.experiments.lab.experiment import Cell
 from sam_lab.experiments.lab.result import Columns, Run, SeedRuns, Setting
 from sam_lab.experiments.lab.statistics import (
@@ -40,6 +41,7 @@ __all__ = [
     "at_equal_loss",
     "at_loss",
     "closing",
+    "cost",
     "descent",
     "follow",
     "full_batch",
@@ -81,6 +83,19 @@ class Grid(Protocol):
 def grid(config: Grid) -> list[Setting]:
     """Every learning rate with every radius."""
     return [{"lr": lr, "rho": rho} for lr in config.lrs for rho in config.rhos]
+
+
+def cost(config: Grid, gradient: float, measured: float) -> float:
+    """FLOPs of all settings with one seed.
+
+    Args:
+        gradient: FLOPs of a gradient of the loss that is trained on; SAM takes two a step.
+        measured: FLOPs of a gradient of the loss of which the sharpness is measured.
+    """
+    settings = grid(config)
+    gradients = sum(2 if setting["rho"] else 1 for setting in settings) * config.steps
+    measurements = len(settings) * (config.steps // config.every + 1)
+    return gradients * gradient + measurements * measurement(measured)
 
 
 def follow(

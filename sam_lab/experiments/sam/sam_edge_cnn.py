@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_lab import data, models
+from sam_lab.experiments.lab.cost import gradient_flops
 from sam_lab.experiments.lab.experiment import Experiment
+from sam_lab.experiments.lab.setup import Setup
 from sam_lab.experiments.sam import at_the_edge
 from sam_lab.objective import Closure
 
@@ -107,6 +109,21 @@ def problem(
 
 run = at_the_edge.full_batch(problem)
 
+
+def cost(config: Config) -> float:
+    """FLOPs of all settings with one seed."""
+    inputs = F.avg_pool2d(torch.zeros(1, *data.SHAPES[config.data]), config.shrink)
+    model = models.cnn(
+        inputs.shape[1:], data.CLASSES, widths=config.widths, pooling="max", norm="layer"
+    )
+    gradient = config.images * gradient_flops(model, inputs)
+    return at_the_edge.cost(config, gradient, gradient)
+
+
+SETUP = Setup(
+    "the paper's code", {"data": "cifar10", "images": 1000, "shrink": 1, "widths": (16, 32)}
+)
+
 EXPERIMENT = Experiment(
     name="sam_edge_cnn",
     title="SAM at its edge: a convolutional network on 1,000 colour images, full batch",
@@ -115,4 +132,6 @@ EXPERIMENT = Experiment(
     settings=at_the_edge.grid,
     run=run,
     claims=at_the_edge.CLAIMS,
+    setup=SETUP,
+    cost=cost,
 )

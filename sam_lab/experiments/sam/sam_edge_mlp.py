@@ -11,6 +11,7 @@ times smaller does there. Products lr x sharpness mean the same in both.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sam_lab import data, models
+from sam_lab.experiments.lab.cost import gradient_flops
 from sam_lab.experiments.lab.experiment import Experiment
+from sam_lab.experiments.lab.setup import Setup
 from sam_lab.experiments.sam import at_the_edge
 from sam_lab.objective import Closure
 
@@ -88,6 +91,20 @@ def problem(
 
 run = at_the_edge.full_batch(problem)
 
+
+def cost(config: Config) -> float:
+    """FLOPs of all settings with one seed."""
+    inputs = torch.zeros(1, math.prod(data.SHAPES[config.data]))
+    model = models.mlp((inputs.shape[1], *config.hidden, data.CLASSES), config.activation)
+    gradient = config.images * gradient_flops(model, inputs)
+    return at_the_edge.cost(config, gradient, gradient)
+
+
+SETUP = Setup(
+    "the paper's code",
+    {"data": "mnist", "images": 60_000, "hidden": (1000, 1000, 1000), "activation": "relu"},
+)
+
 EXPERIMENT = Experiment(
     name="sam_edge_mlp",
     title="SAM at its edge: a fully connected network on digits, full batch",
@@ -96,4 +113,6 @@ EXPERIMENT = Experiment(
     settings=at_the_edge.grid,
     run=run,
     claims=at_the_edge.CLAIMS,
+    setup=SETUP,
+    cost=cost,
 )

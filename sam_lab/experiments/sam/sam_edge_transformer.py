@@ -26,8 +26,10 @@ from torch.nn import functional as F
 
 from sam_lab import models, text
 from sam_lab.experiments.lab.claims import CONTROL, claim
+from sam_lab.experiments.lab.cost import gradient_flops
 from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Run, SeedRuns
+from sam_lab.experiments.lab.setup import Setup
 from sam_lab.experiments.lab.statistics import second_half_median, second_half_width
 from sam_lab.experiments.sam import at_the_edge
 from sam_lab.experiments.sam.at_the_edge import descent, perturbed, ratio
@@ -151,6 +153,30 @@ def run(config: Config, cell: Cell) -> Columns:
     return record.columns | {PREFIX + name: kept for name, kept in record_batch.columns.items()}
 
 
+def cost(config: Config) -> float:
+    """FLOPs of all settings with one seed."""
+    model = models.transformer(
+        text.VOCAB, config.width, config.layers, config.heads, config.length, key=config.key
+    )
+    window = gradient_flops(model, torch.zeros(1, config.length, dtype=torch.int64))
+    batches = config.batch + config.fixed  # each measurement is made on both
+    return at_the_edge.cost(config, config.batch * window, batches * window)
+
+
+SETUP = Setup(
+    "the paper's code",
+    {
+        "data": "shakespeare",
+        "layers": 6,
+        "heads": 8,
+        "key": 32,
+        "width": 128,
+        "length": 64,
+        "batch": 128,
+    },
+)
+
+
 # --- what the runs decide ------------------------------------------------------------------------
 
 
@@ -242,4 +268,6 @@ EXPERIMENT = Experiment(
         batch_edge_higher,
         batch_reads_alike,
     ],
+    setup=SETUP,
+    cost=cost,
 )
