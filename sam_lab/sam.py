@@ -31,7 +31,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -442,6 +442,14 @@ class SAM:
         self.steps, self._skipped, self._unread = steps, skipped, None
         self._state = of_method
 
+    def load_method(self, saved: Mapping[str, Any] | None) -> None:
+        """Take up a copy of the state of a method, which `state_dict` has under "method", alone.
+
+        Raises:
+            ValueError: it is of another method, or of other parameters.
+        """
+        self._state = self._checked_method(saved)
+
     def _checked_method(self, saved: Mapping[str, Any] | None) -> State:
         """A copy of the method's state as it was saved, on the devices of the parameters."""
         if saved is None:
@@ -660,11 +668,11 @@ class _Look:
     def losses(self, epsilon: Sequence[Tensor] | None = None) -> Tensor:
         self._check_examples()
         if epsilon is None:
-            if self._each is None:
+            if not self.seen:
                 raise ValueError("look.losses() needs a look before it")
-            return self._each
+            return self._checked_each(self._each)
         with self._moved(epsilon), self._again():
-            losses = self._sam._evaluated(self._closures[0])
+            losses = self._checked_each(self._sam._evaluated(self._closures[0]))
         self.seen.append(losses.mean())
         return losses
 
@@ -734,10 +742,18 @@ class _Look:
 
     def _check_examples(self) -> None:
         if len(self._closures) != 1 or not _takes_examples(self._closures[0]):
-            raise ValueError(
-                f"the method {_name_of(self._sam.method)} selects examples: give step one closure "
-                "that takes examples=, an index into the batch, and returns their losses (N,)"
-            )
+            self._refuse_examples()
+
+    def _checked_each(self, losses: Tensor | None) -> Tensor:
+        if losses is None or losses.ndim != 1:
+            self._refuse_examples()
+        return losses
+
+    def _refuse_examples(self) -> NoReturn:
+        raise ValueError(
+            f"the method {_name_of(self._sam.method)} selects examples: give step one closure that "
+            "takes examples=, an index into the batch, and returns their losses (N,)"
+        )
 
 
 def _processes() -> int:

@@ -186,7 +186,8 @@ class Training:
         phases: what the epochs train with, one phase after the other, from epoch 0 on without a
             gap; the end of the last is the end of the training.
         loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch. For label smoothing give
-            ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``.
+            ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``. It may be the losses (N,) of the
+            examples, whose mean is then taken, which a phase with `methods.esam` needs.
         batch: examples a step. The last batch of an epoch is smaller where N does not divide.
         schedule: the factor of the learning rate in an epoch, a function of the share of the
             epochs that are done: `constant`, `cosine`, `step_decay`.
@@ -444,8 +445,8 @@ class Training:
             "attacked": float(phase.attack is not None),
         }
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss_fn(self.model(x), y)
+    def _loss(self, x: Tensor, y: Tensor, examples: Tensor | slice = slice(None)) -> Tensor:
+        return self.loss_fn(self.model(x[examples]), y[examples])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x), generator=self._generator, device=self.x.device)
