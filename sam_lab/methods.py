@@ -40,6 +40,12 @@ What `SAM.step` keeps for every method:
 - The state is committed with the optimizer's step: one that is skipped leaves it as it was.
 - Rules take their norm over the parameters with a radius; blends of gradients, over all.
 
+In `torch.autocast`, with several closures as one batch, under DistributedDataParallel and FSDP2 and
+with a compiled model they work as `plain` does, with these exceptions, which say so: ESAM takes one
+closure and one process; Sparse SAM and the random probes know no sharded parameters; a GradScaler
+and ``sync=False`` are for `plain` alone, and ``perturb="micro"`` for methods without a state. What
+ESAM selects changes shape, which a compiled model may answer with another compilation.
+
 Methods that hold the gradient at $w$ during the second pass need the memory of one more copy of
 the parameters; `plain` lets it go.
 
@@ -465,7 +471,8 @@ def esam(
         generator: draws the weights that take part.
 
     Raises:
-        ValueError: the closure does not say the losses of single examples.
+        ValueError: the closure does not say the losses of single examples, or there are several
+            processes, whose examples would have to be ranked together.
 
     Source: Du et al. 2021 (arXiv:2110.03141).
     """

@@ -743,6 +743,11 @@ class _Look:
     def _check_examples(self) -> None:
         if len(self._closures) != 1 or not _takes_examples(self._closures[0]):
             self._refuse_examples()
+        if _processes() > 1:
+            raise ValueError(
+                f"the method {_name_of(self._sam.method)} selects among the examples of one "
+                f"process, and there are {_processes()}"
+            )
 
     def _checked_each(self, losses: Tensor | None) -> Tensor:
         if losses is None or losses.ndim != 1:

@@ -847,6 +847,16 @@ def test_esam_descends_along_the_examples_that_rise_most(gamma, count):
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
 
 
+def test_esam_ranks_the_examples_of_one_process_only(monkeypatch):
+    model, sam = made(esam, extra=())
+    monkeypatch.setattr("sam_lab.sam._processes", lambda: 2)
+    with pytest.raises(
+        ValueError, match="esam selects among the examples of one process, and .* 2"
+    ):
+        sam.step(losses_of(model))
+    assert sam.steps == 0
+
+
 def test_a_closure_of_losses_is_their_mean_for_every_other_method_too():
     model, twin = network(), network()
     SAM(SGD(model.parameters()), 0.1).step(losses_of(model))
