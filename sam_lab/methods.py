@@ -11,10 +11,10 @@ method                direction                                passes      is pl
 ====================  =======================================  ==========  =========================
 `plain`               g_s                                      2           always
 `gsam`                g_s less alpha times what g has across   2           alpha = 0
-`wsam`                (1 - a) g + a g_s, a = gamma/(1-gamma)    2           gamma = 1/2
+`wsam`                (1 - a) g + a g_s, a = gamma/(1-gamma)   2           gamma = 1/2
 `gradient_penalty`    g + (lam / rho) (g_s - g)                2           lam = rho
 `momentum_sam`        g_s, looking along minus the momentum    1           never
-`looksam`             g_s; k - 1 steps: g + alpha |g| u        1 + 1/k     k = 1
+`looksam`             g_s; for k - 1 steps g + a kept part     1 + 1/k     k = 1
 `graphsam`            g_s, looking along an average of g_s     1 + 1/k     k = 1
 `friendly_sam`        g_s, looking along g - sigma m           2           sigma = 0
 `vasso`               g_s, looking along an average of g       2           theta = 1
@@ -360,8 +360,8 @@ def _largest(g: Tensors, share: float) -> list[Tensor]:
     if any(hasattr(x, "full_tensor") for x in g):
         raise TypeError("sparse_sam does not know sharded parameters (DTensor)")
     sizes = torch.cat([x.detach().abs().flatten().to(g[0].device) for x in g])
-    mask = torch.zeros_like(sizes)
-    mask[sizes.topk(max(1, round(share * len(sizes)))).indices] = 1
+    chosen = sizes.topk(max(1, round(share * len(sizes)))).indices
+    mask = torch.zeros_like(sizes).scatter_(0, chosen, 1.0)
     pieces = mask.split([x.numel() for x in g])
     return [piece.view(x.shape).to(x) for piece, x in zip(pieces, g, strict=True)]
 

@@ -110,7 +110,10 @@ class SAM:
         self.method, self.generator, self.same_rng, self.sync = method, generator, same_rng, sync
         self.steps = 0
         self._state: State = {}  # of the method
-        self._draws = generator is not None and "generator" in inspect.signature(rule).parameters
+        self._draws, self._method_draws = (
+            generator is not None and "generator" in inspect.signature(function).parameters
+            for function in (rule, method)
+        )
         self._skipped = 0
         self._unread: Tensor | None = None  # skipped on an accelerator, not yet asked for
         self._inside = False
@@ -125,9 +128,13 @@ class SAM:
     def step(self, closure: Closure | Iterable[Closure], perturb: str = "batch") -> Tensor:
         """One step: the gradient at w, the gradient at w + eps, the optimizer's step from w.
 
+        With a method, the gradients that it looks at and the direction that it makes of them.
+
         Args:
             closure: evaluates the loss at the current weights and returns it, without backward;
-                or several, one a micro-batch, whose mean is the loss.
+                or several, one a micro-batch, whose mean is the loss. One that takes a keyword
+                `examples`, an index into its batch that is all of it by default, may return the
+                losses (N,) of those, whose mean is the loss.
             perturb: with several closures, along which gradient to perturb: that of the whole
                 "batch", which gives the step of one large batch, or of each "micro" batch by
                 itself, which averages the gradients at as many perturbed points ("m-sharpness").
@@ -174,9 +181,7 @@ class SAM:
         The direction is in `.grad` afterwards.
         """
         look = _Look(self, closures)
-        drawn = {}
-        if self.generator is not None and "generator" in inspect.signature(self.method).parameters:
-            drawn["generator"] = self.generator
+        drawn = {"generator": self.generator} if self._method_draws else {}
         self._check_state(self._state)
         with torch.no_grad():
             direction, state = self.method(look, dict(self._state), **drawn)

@@ -1015,6 +1015,32 @@ def test_a_compiled_model_is_compiled_once_and_trains_as_the_plain_one(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@every_method
+def test_on_cuda_the_host_waits_for_nothing_in_a_step(name):
+    model, x, y = network(*copy.deepcopy(NOISY)).cuda(), X.cuda(), Y.cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    if name == "esam":  # draws for the host which tensors take part
+        generator = torch.Generator().manual_seed(0)
+    sam = SAM(
+        MOMENTUM(model.parameters()), 0.1, model, method=METHODS[name][0], generator=generator
+    )
+
+    def losses(examples=slice(None)):
+        return (model(x[examples]) - y[examples]).square().mean(1)
+
+    for _ in range(3):  # libraries may wait when they are first used
+        sam.step(losses)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            sam.step(losses)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sam.steps == 7 and sam.skipped == 0
+
+
 @every_method
 def test_every_method_lowers_the_loss_of_a_small_network(name):
     method, _ = METHODS[name]
