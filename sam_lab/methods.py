@@ -46,8 +46,8 @@ closure and one process; Sparse SAM and the random probes know no sharded parame
 and ``sync=False`` are for `plain` alone, and ``perturb="micro"`` for methods without a state. What
 ESAM selects changes shape, which a compiled model may answer with another compilation.
 
-Methods that hold the gradient at $w$ during the second pass need the memory of one more copy of
-the parameters; `plain` lets it go.
+Methods that hold the gradient at $w$ during the second pass, and blend the two, need the memory of
+one to three copies of the parameters more than `plain`, which lets it go (``make bench``).
 
 To add a method, write a function like these; its own arguments are bound by `functools.partial`, as
 in ``SAM(optimizer, 0.05, method=partial(gsam, alpha=0.4))``. One that draws random numbers has a

@@ -91,3 +91,17 @@ def test_quick_run_writes_a_table_with_or_without_peers(
     assert len(table.rows) == len(OURS) - 1 + 5 * there
     with pytest.raises(ValueError, match="device must be one of cpu, got 'tpu'"):
         bench.chapter_table(result, "tpu")
+
+
+def test_the_stored_result_has_every_method_on_every_network() -> None:
+    result = bench.BENCHMARK.load(common.RESULTS / bench.BENCHMARK.file)
+    expected = [
+        (network.name, method.tool, method.how)
+        for network in bench.NETWORKS
+        for method in bench.METHODS
+        if method.how != "SAM-ON" or network.name == "ResNet-18"
+    ]
+    found = [(r["network"], r["tool"], r["how"]) for r in result["steps"] if r["device"] == "cpu"]
+    assert found == expected and not any(row["missing"] for row in result["steps"])
+    plain = [r for r in result["steps"] if (r["tool"], r["how"]) == ("sam_lab", "SAM")]
+    assert all(row["memory"] <= 1.1 for row in plain)
