@@ -323,12 +323,14 @@ class Measured:
     seconds: list[float]
 
 
-def measure(network: Network, device: torch.device) -> tuple[Problem, dict[Method, Measured]]:
+def measure(
+    network: Network, device: torch.device, methods: Sequence[Method] = METHODS
+) -> tuple[Problem, dict[Method, Measured]]:
     """All methods that are installed, in turns."""
     problem = make_problem(network, device)
     _base(problem.copy())()  # what the first pass of a process allocates is nobody's
     measured: dict[Method, Measured] = {}
-    for method in METHODS:
+    for method in methods:
         if method.package and not version_of(method.package):
             continue
         own = problem.copy()
@@ -353,10 +355,12 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return {"ratio": middle, "ratio_low": low, "ratio_high": high}
 
 
-def step_rows(problem: Problem, measured: dict[Method, Measured]) -> list[dict[str, Any]]:
+def step_rows(
+    problem: Problem, measured: dict[Method, Measured], methods: Sequence[Method] = METHODS
+) -> list[dict[str, Any]]:
     """One row a method: its step beside that of SGD."""
     rows = []
-    for method in METHODS:
+    for method in methods:
         row: dict[str, Any] = {"tool": method.tool, "how": method.how}
         got = measured.get(method)
         row["missing"] = got is None

@@ -14,6 +14,8 @@ rule                epsilon                     the maximiser of $g \cdot \epsil
 `unnormalized`      rho g                       the ball of radius rho |g|
 `awp`               rho |w| g / |g|             a ball of radius rho |w| around each weight tensor
 `random_direction`  rho z / |z|, z Gaussian     none: the control
+`gaussian`          rho z, z Gaussian           none: a probe, rho is the size of an entry
+`uniform`           rho x, x in the cube        none: a probe, each entry at most rho
 ==================  ==========================  ====================================================
 
 `dithered` is another rule rounded so that weights of half precision take it up.
@@ -21,7 +23,8 @@ rule                epsilon                     the maximiser of $g \cdot \epsil
 What all rules keep:
 
 - `rho` is one number, or one a tensor: then each tensor's part of epsilon is scaled by its own.
-- Where the gradient is zero, or is not finite, epsilon is zero everywhere, never NaN.
+- Where the gradient is zero (but for probes), or is not finite, epsilon is zero everywhere, never
+  NaN.
 - Norms are taken in float32 or better, and epsilon is float32 where a parameter is of half
   precision: in float16 the factor rho / |g| would overflow.
 - Nothing waits for an accelerator: the norm is never read by the host.
@@ -48,12 +51,14 @@ __all__ = [
     "asam",
     "awp",
     "dithered",
+    "gaussian",
     "global_norm",
     "is_weight",
     "random_direction",
     "sam",
     "sam_linf",
     "steepest",
+    "uniform",
     "unnormalized",
 ]
 
@@ -190,16 +195,68 @@ def random_direction(
     Raises:
         TypeError: a parameter is sharded: the shards of z would have to be drawn together.
     """
+    z, length = _drawn("random_direction", torch.randn, params, grads, generator)
+    # the gradient decides here too whether there is a step at all
+    return steepest(z, rho, torch.where(_usable(length), global_norm(z), 0))
+
+
+def gaussian(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: Radius,
+    *,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    r"""A Gaussian probe: $\epsilon = \rho\, z$, of length about $\rho \sqrt{P}$ in P dimensions.
+
+    What Trace-SAM and Frob-SAM average over (`sam_lab.methods`). It is there where the gradient is
+    zero too.
+
+    Args:
+        generator: the source of z, as for `random_direction`.
+
+    Raises:
+        TypeError: a parameter is sharded.
+
+    Source: Tahmasebi et al. 2024 (arXiv:2406.03682).
+    """
+    z, length = _drawn("gaussian", torch.randn, params, grads, generator)
+    return _scaled(z, rho, length, unit=True)
+
+
+def uniform(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: Radius,
+    *,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    r"""A probe in a cube: $\epsilon = \rho\, x$ with every entry of x uniform between -1 and 1.
+
+    What Det-SAM averages over (`sam_lab.methods`). Arguments and errors are those of `gaussian`.
+
+    Source: Tahmasebi et al. 2024 (arXiv:2406.03682).
+    """
+    x, length = _drawn("uniform", torch.rand, params, grads, generator)
+    return _scaled([2 * each - 1 for each in x], rho, length, unit=True)
+
+
+def _drawn(
+    name: str,
+    draw: Callable[..., Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    generator: torch.Generator,
+) -> tuple[list[Tensor], Tensor]:
+    """Random numbers of the shapes of the gradients, and the norm of the gradients."""
     if any(hasattr(p, "full_tensor") for p in params):
-        raise TypeError("random_direction does not know sharded parameters (DTensor)")
+        raise TypeError(f"{name} does not know sharded parameters (DTensor)")
     grads = _wide(grads)
-    z = [
-        torch.randn(g.shape, generator=generator, device=generator.device, dtype=g.dtype).to(g)
+    drawn = [
+        draw(g.shape, generator=generator, device=generator.device, dtype=g.dtype).to(g)
         for g in grads
     ]
-    # the gradient decides here too whether there is a step at all
-    usable = _usable(global_norm(grads))
-    return steepest(z, rho, torch.where(usable, global_norm(z), 0))
+    return drawn, global_norm(grads)
 
 
 def dithered(

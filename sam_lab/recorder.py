@@ -19,6 +19,7 @@ fixed batch whether training as a whole sits in a valley that sharp. Two recorde
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from sam_lab._checks import check_integer
 from sam_lab.curvature import Hessian
 from sam_lab.eigensolvers import inner
+from sam_lab.methods import gradient_penalty, gsam, plain, wsam
 from sam_lab.objective import Closure
 from sam_lab.perturbations import sam as sam_rule
 from sam_lab.perturbations import unnormalized
@@ -84,7 +86,10 @@ class EdgeRecorder:
     edges by its coefficient (exactly for gradient descent; for SAM where the decay is small beside
     the edge). For the rule `unnormalized` they are those of \|g\| = 1. For rules other than those
     two no edge is known, and ``sam_edge`` is NaN; ``sam_align`` is NaN for rules that draw or
-    have a state, since measuring must not move them.
+    have a state, since measuring must not move them. Of methods, `gsam` has the edge of SAM (along
+    an eigenvector it is SAM), `wsam` and `gradient_penalty` that of SAM with the radius that they
+    come to there; for others, and for the second form of `gsam`, ``sam_edge`` is NaN, and for all
+    but `plain` ``sam_align``.
 
     Raises:
         TypeError: the optimizer is neither, or of another kind than SGD: no edge is known then;
@@ -202,7 +207,7 @@ class EdgeRecorder:
         sam, hessian = self.sam, self.tracker.hessian
         if not any(sam.radii()):
             return g
-        if sam.generator is not None or hasattr(sam.rule, "state_dict"):
+        if sam.method is not plain or sam.generator is not None or hasattr(sam.rule, "state_dict"):
             return torch.full_like(g, math.nan)
         pieces = g.split([p.numel() for p in sam.params])
         grads = [piece.view_as(p) for p, piece in zip(sam.params, pieces, strict=True)]
@@ -227,15 +232,31 @@ class EdgeRecorder:
             grad_norm = 1.0
         if rho == 0:
             return before, before
-        if self.sam.rule not in (sam_rule, unnormalized):
+        rho *= _radius_of(self.sam.method, rho)
+        if self.sam.rule not in (sam_rule, unnormalized) or math.isnan(rho):
             return before, math.nan
-        return before, sam_edge(2 / before, rho, grad_norm)
+        return before, sam_edge(2 / before, rho, grad_norm) if rho else before
 
     def _wait(self) -> None:
         """An accelerator still at work on the steps must not be charged to the measurement."""
         device = self.tracker.hessian.device
         if device.type != "cpu":
             torch.get_device_module(device).synchronize()
+
+
+def _radius_of(method: Any, rho: float) -> float:
+    """The radius, over rho, with which SAM is the method along an eigenvector; NaN if with none."""
+    function = getattr(method, "func", method)
+    given = inspect.signature(method).parameters
+    if function is plain or (function is gsam and given["minimize_fp"].default):
+        return 1.0
+    if function is wsam:
+        gamma: float = given["gamma"].default
+        return gamma / (1 - gamma)
+    if function is gradient_penalty:
+        lam: float = given["lam"].default
+        return lam / rho
+    return math.nan
 
 
 def _sgd(optimizer: Any) -> torch.optim.SGD:

@@ -16,6 +16,10 @@ loops that have more to do:
 Clipping comes after the block, where it bounds the step. Before the block it would do nothing: the
 perturbation has the length rho whatever the length of the gradient (`unnormalized` apart).
 
+How often the loss is looked at, and what descends, can be something else: a `method` of
+`sam_lab.methods` is another member of the family, from GSAM to Momentum-SAM, and has
+``sam.step(closure)``.
+
 Weight decay of the optimizer takes part in the step and not in the perturbation. The original code
 has it in both; to have that, leave it out of the optimizer and add it to the loss.
 """
@@ -27,12 +31,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from sam_lab._checks import check_nonnegative
+from sam_lab.methods import Method, State, plain
 from sam_lab.objective import Closure
 from sam_lab.perturbations import HALF, Rule, dithered, global_norm, sam, shard
 from sam_lab.state import RandomState, kept_buffers, load_optimizer
@@ -55,7 +60,9 @@ class SAM:
             or a block after an evaluation may find the gathered weights of before.
         rule: what the perturbation is, a function of `sam_lab.perturbations` or one like them. If
             it has a state (`state_dict` and `load_state_dict`), checkpoints include it.
-        generator: handed to the rule as `generator=`, for rules that draw; part of checkpoints.
+        method: how often a step looks at the loss and what descends, a function of
+            `sam_lab.methods` or one like them. Its state is part of checkpoints.
+        generator: handed to rule and method as `generator=`, where they draw; part of checkpoints.
         same_rng: `step` runs the perturbed pass with the random numbers of the clean one, so that
             both see the same dropout masks. SAM compares the loss at two points: it should be one
             function. It is also what makes rho = 0 the optimizer's own step. (`perturbed` does so
@@ -63,7 +70,7 @@ class SAM:
         sync: under DistributedDataParallel (give it as `model`), whether `step` perturbs every
             process along the gradient of the whole batch. If not, each perturbs along that of its
             own part ("m-sharpness", Foret et al. 2021), which saves one all-reduce a step. Not
-            with `static_graph=True`, which torch's `no_sync` does not support.
+            with `static_graph=True`, which torch's `no_sync` does not support, nor with a method.
 
     Attributes:
         steps: how many steps the optimizer has taken since.
@@ -93,15 +100,20 @@ class SAM:
         model: nn.Module | None = None,
         *,
         rule: Rule = sam,
+        method: Method = plain,
         generator: torch.Generator | None = None,
         same_rng: bool = True,
         sync: bool = True,
     ) -> None:
-        _check_arguments(optimizer, model, rule, generator, sync)
+        _check_arguments(optimizer, model, rule, method, generator, sync)
         self.optimizer, self.rho, self.model, self.rule = optimizer, rho, model, rule
-        self.generator, self.same_rng, self.sync = generator, same_rng, sync
+        self.method, self.generator, self.same_rng, self.sync = method, generator, same_rng, sync
         self.steps = 0
-        self._draws = generator is not None and "generator" in inspect.signature(rule).parameters
+        self._state: State = {}  # of the method
+        self._draws, self._method_draws = (
+            generator is not None and "generator" in inspect.signature(function).parameters
+            for function in (rule, method)
+        )
         self._skipped = 0
         self._unread: Tensor | None = None  # skipped on an accelerator, not yet asked for
         self._inside = False
@@ -116,9 +128,13 @@ class SAM:
     def step(self, closure: Closure | Iterable[Closure], perturb: str = "batch") -> Tensor:
         """One step: the gradient at w, the gradient at w + eps, the optimizer's step from w.
 
+        With a method, the gradients that it looks at and the direction that it makes of them.
+
         Args:
             closure: evaluates the loss at the current weights and returns it, without backward;
-                or several, one a micro-batch, whose mean is the loss.
+                or several, one a micro-batch, whose mean is the loss. One that takes a keyword
+                `examples`, an index into its batch that is all of it by default, may return the
+                losses (N,) of those, whose mean is the loss.
             perturb: with several closures, along which gradient to perturb: that of the whole
                 "batch", which gives the step of one large batch, or of each "micro" batch by
                 itself, which averages the gradients at as many perturbed points ("m-sharpness").
@@ -143,35 +159,52 @@ class SAM:
                 is none; a gradient is sparse.
         """
         closures = _checked_closures(closure, perturb)
+        if self._inside:
+            raise RuntimeError("step() inside perturbed(): the weights are at w + eps already")
+        state = self._state
+        seen: list[Tensor] = []
         with torch.enable_grad():
             if not any(self.radii()):
                 self._clear()
-                loss = self._backward(closures)
+                loss, _ = self._backward(closures)
             elif perturb == "batch" or len(closures) == 1:
-                loss = self._two_passes(closures)
+                loss, state, seen = self._directed(closures)
             else:
-                loss = self._two_passes_each(closures)
-        self._finish()
+                loss = self._directed_each(closures)
+        # plain SAM needs the gradient at the end to be finite; others may keep what they saw before
+        self._finish(state, [] if self.method is plain else seen)
         return loss
 
-    def _two_passes(self, closures: Sequence[Closure]) -> Tensor:
-        """The loss at w; the gradient at w + eps is in `.grad` afterwards."""
-        before = self.random_state() if self.same_rng else None
-        self._clear()
-        with self._unsynced():
-            loss = self._backward(closures)
-        with self.perturbed(random_state=before):
-            self._backward(closures)
-        return loss
+    def _directed(self, closures: Sequence[Closure]) -> tuple[Tensor, State, list[Tensor]]:
+        """The first look's loss, the method's next state, the losses of all looks.
 
-    def _two_passes_each(self, closures: Sequence[Closure]) -> Tensor:
-        """The same with a perturbed point of its own for each closure, gradients averaged."""
+        The direction is in `.grad` afterwards.
+        """
+        look = _Look(self, closures)
+        drawn = {"generator": self.generator} if self._method_draws else {}
+        self._check_state(self._state)
+        with torch.no_grad():
+            direction, state = self.method(look, dict(self._state), **drawn)
+        if not look.seen:
+            raise ValueError(f"the method {_name_of(self.method)} has not looked at the loss")
+        look.descend(direction)
+        self._check_state(state)
+        return look.seen[0], state, look.seen
+
+    def _directed_each(self, closures: Sequence[Closure]) -> Tensor:
+        """The same for each closure by itself, directions averaged."""
         params = self.params
         # sums of our own: DistributedDataParallel may write the next gradients over these
         sums: list[Tensor | None] = [None] * len(params)
         losses = []
         for closure in closures:
-            losses.append(self._two_passes([closure]))
+            loss, state, _ = self._directed([closure])
+            if state:
+                raise ValueError(
+                    f'perturb="micro" is for methods without a state, and {_name_of(self.method)} '
+                    "has one, which one step should change once"
+                )
+            losses.append(loss)
             for i, p in enumerate(params):
                 if p.grad is not None:
                     part = p.grad / len(closures)
@@ -205,20 +238,27 @@ class SAM:
                 scale of the loss need it: `unnormalized`.
 
         Raises:
-            RuntimeError: called inside itself, or an optimizer step is taken inside.
+            RuntimeError: called inside itself, or an optimizer step is taken inside, or this SAM
+                has a method other than `plain`, whose step has another middle.
             ValueError: a gradient is sparse, or does not fit its parameter.
         """
         if self._inside:
             raise RuntimeError("perturbed() inside perturbed(): the weights are at w + eps already")
+        if self.method is not plain:
+            raise RuntimeError(
+                "perturbed() is the middle of a plain step, and this SAM has the method "
+                f"{_name_of(self.method)}, which needs step(closure)"
+            )
         moved = self._moved(*self._perturbation(grads, scale))
         if grads is None:
             self._clear()
-        with (
-            moved,
-            self._replayed(random_state),
-            kept_buffers(self.model),
-            self.optimizer.register_step_pre_hook(_refuse),
-        ):
+        with moved, self._again(random_state):
+            yield
+
+    @contextmanager
+    def _again(self, random_state: RandomState | None) -> Iterator[None]:
+        """A further pass of a step, which leaves random numbers and buffers to the first."""
+        with self._replayed(random_state), kept_buffers(self.model):
             yield
 
     @contextmanager
@@ -228,6 +268,7 @@ class SAM:
         with torch.no_grad():
             if params:
                 torch._foreach_copy_(saved, params)
+        refusing = self.optimizer.register_step_pre_hook(_refuse)
         try:
             self._inside = True
             with torch.no_grad():
@@ -237,6 +278,7 @@ class SAM:
             self._forget_copies()
             yield
         finally:
+            refusing.remove()
             with torch.no_grad():
                 if params:
                     torch._foreach_copy_(params, saved)
@@ -263,6 +305,16 @@ class SAM:
 
         Sharded ones (`DTensor`) as the shards of this process.
         """
+        params, epsilon = self._ruled(grads, scale)
+        return [shard(p) for p in params], [shard(e) for e in epsilon]
+
+    def _ruled(
+        self,
+        grads: Sequence[Tensor | None] | None,
+        scale: float | Tensor | None = None,
+        rule: Rule | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The same before they are shards; by another rule if one is given."""
         all_params = self.params
         if grads is None:
             grads = [p.grad for p in all_params]
@@ -297,9 +349,10 @@ class SAM:
                 directions = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in directions]
                 directions = [g / scale for g in directions]
             rho = radii[0] if len(set(radii)) == 1 else radii
+            if rule is not None:
+                return params, rule(params, directions, rho)
             drawn = {"generator": self.generator} if self._draws else {}
-            epsilon = self.rule(params, directions, rho, **drawn)
-            return [shard(p) for p in params], [shard(e) for e in epsilon]
+            return params, self.rule(params, directions, rho, **drawn)
 
     # --- what is perturbed ------------------------------------------------------------------------
 
@@ -344,12 +397,14 @@ class SAM:
         Radius and rule are arguments, and not part of it.
         """
         stateful = getattr(self.rule, "state_dict", None)
+        of_method = {"name": _name_of(self.method), "state": dict(self._state)}
         return {
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "skipped": self.skipped,
             "generator": None if self.generator is None else self.generator.get_state(),
             "rule": None if stateful is None else stateful(),
+            **({"method": of_method} if self._state else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -360,7 +415,7 @@ class SAM:
                 generator or optimizer. Nothing has been loaded then.
         """
         mine = {"optimizer", "steps", "skipped", "generator", "rule"}
-        if not isinstance(state, Mapping) or set(state) != mine:
+        if not isinstance(state, Mapping) or set(state) - {"method"} != mine:
             got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state must have the keys {sorted(mine)}, got {got}")
         for name, has in (
@@ -370,6 +425,7 @@ class SAM:
             if has != (state[name] is not None):
                 there, here = ("no state", "one") if has else ("a state", "none")
                 raise ValueError(f"state has {there} of a {name}, and this SAM has {here}")
+        of_method = self._checked_method(state.get("method"))
         steps, skipped = int(state["steps"]), int(state["skipped"])
         if self.generator is not None:
             try:
@@ -389,6 +445,50 @@ class SAM:
         if self.generator is not None:
             self.generator.set_state(state["generator"].cpu())
         self.steps, self._skipped, self._unread = steps, skipped, None
+        self._state = of_method
+
+    def load_method(self, saved: Mapping[str, Any] | None) -> None:
+        """Take up a copy of the state of a method, which `state_dict` has under "method", alone.
+
+        Raises:
+            ValueError: it is of another method, or of other parameters.
+        """
+        self._state = self._checked_method(saved)
+
+    def _checked_method(self, saved: Mapping[str, Any] | None) -> State:
+        """A copy of the method's state as it was saved, on the devices of the parameters."""
+        if saved is None:
+            return {}
+        if saved["name"] != _name_of(self.method):
+            raise ValueError(
+                f"state is of the method {saved['name']}, and this SAM has {_name_of(self.method)}"
+            )
+        self._check_state(saved["state"])
+        return {
+            name: [
+                t.detach().to(p.device, copy=True) for t, p in zip(value, self.params, strict=True)
+            ]
+            if isinstance(value, list)
+            else value
+            for name, value in saved["state"].items()
+        }
+
+    def _check_state(self, state: Any) -> None:
+        name, shapes = _name_of(self.method), [p.shape for p in self.params]
+        if not isinstance(state, dict):
+            raise TypeError(f"the method {name} must return a dict as its state, got {state!r:.80}")
+        for key, value in state.items():
+            if isinstance(value, list):
+                if [getattr(t, "shape", None) for t in value] != shapes:
+                    raise ValueError(
+                        f"the state {key!r} of the method {name} must have one tensor for each of "
+                        f"the {len(shapes)} parameters that require grad, of its shape"
+                    )
+            elif not isinstance(value, bool | int | float | str):
+                raise TypeError(
+                    f"the state {key!r} of the method {name} must be a number or a list of "
+                    f"tensors, got {type(value).__name__}"
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a copy's optimizer comes without hooks
@@ -397,20 +497,25 @@ class SAM:
 
     # --- gradients --------------------------------------------------------------------------------
 
-    def _backward(self, closures: Sequence[Closure]) -> Tensor:
-        """The mean loss, detached; its gradient is added to `.grad`."""
+    def _backward(
+        self, closures: Sequence[Closure], examples: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mean loss, detached, whose gradient is added to `.grad`; and those of examples.
+
+        Those are there where there is one closure, and it takes `examples`.
+        """
         params = self.params
-        losses = []
+        losses, each = [], None
         for closure in closures:
             grads = [p.grad for p in params]
-            loss = closure()
+            loss = self._evaluated(closure, examples)
             if any(p.grad is not g for p, g in zip(params, grads, strict=True)):
                 raise ValueError(
                     "the closure must leave the gradients alone: return the loss without calling "
                     "backward on it"
                 )
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"the closure must return the loss, a tensor; got {loss!r:.80}")
+            if loss.ndim and _takes_examples(closure):
+                each, loss = loss.detach(), loss.mean()
             if loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(
                     "the closure must return a scalar loss that depends on the parameters; got "
@@ -425,32 +530,52 @@ class SAM:
                     raise ValueError(message) from error
                 raise
             losses.append(loss.detach().reshape(()))
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if len(losses) == 1:
+            return losses[0], each
+        return torch.stack(losses).mean(), None
+
+    @staticmethod
+    def _evaluated(closure: Callable[..., Any], examples: Tensor | None = None) -> Tensor:
+        """What the closure returns: a loss, or losses (N,) of the examples that are named."""
+        loss = closure() if examples is None else closure(examples=examples)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the closure must return the loss, a tensor; got {loss!r:.80}")
+        return loss
 
     def _unsynced(self) -> AbstractContextManager[Any]:
         """The forward has to be inside too: it decides whether the backward will synchronise."""
         local = None if self.sync else getattr(self.model, "no_sync", None)
         return nullcontext() if local is None else local()
 
-    def _finish(self) -> None:
-        """The optimizer's step, unless the gradient is not finite."""
+    def _finish(self, state: State, seen: Sequence[Tensor]) -> None:
+        """The optimizer's step and the method's new state, unless something is not finite."""
         owners = [p for p in self.params if p.grad is not None]
         grads = [p.grad for p in owners if p.grad is not None]
         if not grads:
             self.optimizer.step()
+            self._state = state
             return
         for p, grad in zip(owners, grads, strict=True):
             self._check_kind(p, grad)
-        finite = torch.isfinite(global_norm(grads))
+        old = {id(t) for value in self._state.values() if isinstance(value, list) for t in value}
+        new = [t for value in state.values() if isinstance(value, list) for t in value]
+        finite = torch.isfinite(global_norm([*grads, *seen, *(t for t in new if id(t) not in old)]))
         if finite.device.type == "cpu":  # the host knows already, and nothing waits
             if finite:
                 self.optimizer.step()
+                self._state = state
             else:
                 self._skipped += 1
             return
         for p, grad in zip(owners, grads, strict=True):
             p.grad = torch.where(finite.to(grad.device), grad, 0)
         self.optimizer.step()
+        self._state = {
+            name: _chosen(finite, value, self._state.get(name))
+            if isinstance(value, list)
+            else value
+            for name, value in state.items()
+        }
         missed = (~finite).long()
         self._unread = missed if self._unread is None else self._unread + missed
 
@@ -458,7 +583,8 @@ class SAM:
 
     def __repr__(self) -> str:
         name = type(self.optimizer).__name__
-        return f"SAM({name}, rho={self.rho}, rule={_rule_name(self.rule)})"
+        method = "" if self.method is plain else f", method={_name_of(self.method)}"
+        return f"SAM({name}, rho={self.rho}, rule={_rule_name(self.rule)}{method})"
 
     def _check_kind(self, p: Tensor, g: Tensor) -> None:
         if g.layout != torch.strided or g.is_complex():
@@ -496,6 +622,150 @@ class SAM:
         weakref.finalize(self, self.optimizer.register_step_post_hook(count).remove)
 
 
+class _Look:
+    """The oracle of one step; what it does for a method says `sam_lab.methods.Look`."""
+
+    def __init__(self, sam: SAM, closures: Sequence[Closure]) -> None:
+        self._sam, self._closures, self.params = sam, closures, sam.params
+        self._before = sam.random_state() if sam.same_rng else None
+        self.seen: list[Tensor] = []  # the loss of each look
+        self._each: Tensor | None = None
+        self._reached = [False] * len(self.params)
+        self._zeros: dict[int, Tensor] = {}  # in place of gradients that are not there
+        # its gradients are views that the next pass writes over
+        self._views = bool(getattr(sam.model, "gradient_as_bucket_view", False))
+
+    @property
+    def loss(self) -> Tensor:
+        if not self.seen:
+            raise ValueError("look.loss needs a look before it")
+        return self.seen[-1]
+
+    @property
+    def rho(self) -> float:
+        radii = {radius for radius in self._sam.radii() if radius}
+        if len(radii) != 1:
+            raise ValueError(
+                f"the method {_name_of(self._sam.method)} divides by rho and needs one for all "
+                f"that is perturbed, got {sorted(radii)}"
+            )
+        return radii.pop()
+
+    def __call__(self) -> list[Tensor]:
+        with nullcontext() if self.seen else self._sam._unsynced():
+            return self._gradient(nullcontext())
+
+    def along(self, direction: Sequence[Tensor], rule: Rule | None = None) -> list[Tensor]:
+        params, epsilon = self._sam._ruled(self._present(direction), rule=rule)
+        del direction
+        moved = self._sam._moved([shard(p) for p in params], [shard(e) for e in epsilon])
+        del epsilon
+        return self._gradient(moved)
+
+    def at(self, epsilon: Sequence[Tensor], examples: Tensor | None = None) -> list[Tensor]:
+        return self._gradient(self._moved(epsilon), examples)
+
+    def epsilon(self, direction: Sequence[Tensor], rule: Rule | None = None) -> list[Tensor]:
+        params, moved = self._sam._ruled(self._present(direction), rule=rule)
+        found = {id(p): e for p, e in zip(params, moved, strict=True)}
+        return [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in self.params]
+
+    def losses(self, epsilon: Sequence[Tensor] | None = None) -> Tensor:
+        self._check_examples()
+        if epsilon is None:
+            if not self.seen:
+                raise ValueError("look.losses() needs a look before it")
+            return self._checked_each(self._each)
+        with self._moved(epsilon), self._again():
+            losses = self._checked_each(self._sam._evaluated(self._closures[0]))
+        self.seen.append(losses.mean())
+        return losses
+
+    def momentum(self) -> list[Tensor]:
+        found, optimizer = [], self._sam.optimizer
+        for group in optimizer.param_groups:
+            key = "momentum_buffer" if group.get("momentum") else "exp_avg"
+            if key == "exp_avg" and "betas" not in group:
+                raise ValueError(
+                    f"the method {_name_of(self._sam.method)} needs an optimizer with momentum, "
+                    f"which this {type(optimizer).__name__} does not keep"
+                )
+            for p in group["params"]:
+                if p.requires_grad:
+                    average = optimizer.state.get(p, {}).get(key)
+                    found.append(torch.zeros_like(p) if average is None else average)
+        return found
+
+    def descend(self, direction: Sequence[Tensor]) -> None:
+        """Leave the direction in `.grad`; nothing where no look has found a gradient."""
+        name = _name_of(self._sam.method)
+        shapes = [p.shape for p in self.params]
+        if [getattr(d, "shape", None) for d in direction] != shapes:
+            raise ValueError(
+                f"the method {name} must return one tensor for each of the {len(shapes)} "
+                "parameters that require grad, of its shape"
+            )
+        for p, d in zip(self.params, self._present(direction), strict=True):
+            p.grad = None if d is None else d.detach().to(p.dtype)
+
+    def _gradient(
+        self, moved: AbstractContextManager[Any], examples: Tensor | None = None
+    ) -> list[Tensor]:
+        """A pass within that context, and the gradient, which `.grad` then has no more."""
+        if examples is not None:
+            self._check_examples()
+        with moved, self._again(), torch.enable_grad():
+            self._sam._clear()
+            loss, self._each = self._sam._backward(self._closures, examples)
+        self.seen.append(loss)
+        grads: list[Tensor] = []
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                if i not in self._zeros:
+                    self._zeros[i] = torch.zeros_like(p)
+                grads.append(self._zeros[i])
+                continue
+            self._sam._check_kind(p, p.grad)
+            self._reached[i] = True
+            grads.append(p.grad.clone() if self._views else p.grad)
+            p.grad = None
+        return grads
+
+    def _again(self) -> AbstractContextManager[Any]:
+        """The first look moves running statistics and random numbers, others do not."""
+        return self._sam._again(self._before) if self.seen else nullcontext()
+
+    def _moved(self, epsilon: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        return self._sam._moved([shard(p) for p in self.params], [shard(e) for e in epsilon])
+
+    def _present(self, direction: Sequence[Tensor]) -> list[Tensor | None]:
+        """A direction with None where there is no gradient: it is neither moved nor used."""
+        return [
+            None if d is self._zeros.get(i, ...) or (self.seen and not reached) else d
+            for i, (d, reached) in enumerate(zip(direction, self._reached, strict=True))
+        ]
+
+    def _check_examples(self) -> None:
+        if len(self._closures) != 1 or not _takes_examples(self._closures[0]):
+            self._refuse_examples()
+        if _processes() > 1:
+            raise ValueError(
+                f"the method {_name_of(self._sam.method)} selects among the examples of one "
+                f"process, and there are {_processes()}"
+            )
+
+    def _checked_each(self, losses: Tensor | None) -> Tensor:
+        if losses is None or losses.ndim != 1:
+            self._refuse_examples()
+        return losses
+
+    def _refuse_examples(self) -> NoReturn:
+        raise ValueError(
+            f"the method {_name_of(self._sam.method)} selects examples: give step one closure that "
+            "takes examples=, an index into the batch, and returns their losses (N,)"
+        )
+
+
 def _processes() -> int:
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
@@ -504,6 +774,20 @@ def _processes() -> int:
 
 def _rule_name(rule: Rule) -> str:
     return getattr(rule, "__name__", None) or repr(rule)
+
+
+def _name_of(method: Any) -> str:
+    return _rule_name(getattr(method, "func", method))  # a partial has the method inside
+
+
+def _takes_examples(closure: Callable[..., Any]) -> bool:
+    return "examples" in inspect.signature(closure).parameters
+
+
+def _chosen(finite: Tensor, new: list[Tensor], old: list[Tensor] | None) -> list[Tensor]:
+    """The new state where all is finite, else the old, zeros if there was none."""
+    before: Sequence[Tensor | int] = [0] * len(new) if old is None else old
+    return [torch.where(finite.to(t.device), t, was) for t, was in zip(new, before, strict=True)]
 
 
 def _refuse(*_: Any) -> None:
@@ -516,7 +800,9 @@ def _refuse(*_: Any) -> None:
 # --- what comes in --------------------------------------------------------------------------------
 
 
-def _check_arguments(optimizer: Any, model: Any, rule: Any, generator: Any, sync: bool) -> None:
+def _check_arguments(
+    optimizer: Any, model: Any, rule: Any, method: Any, generator: Any, sync: bool
+) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a torch.optim.Optimizer, ready made: "
@@ -531,6 +817,13 @@ def _check_arguments(optimizer: Any, model: Any, rule: Any, generator: Any, sync
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
     if not callable(rule):
         raise TypeError(f"rule must be a function of sam_lab.perturbations, got {rule!r:.80}")
+    if not callable(method):
+        raise TypeError(f"method must be a function of sam_lab.methods, got {method!r:.80}")
+    if not sync and method is not plain:
+        raise ValueError(
+            f"sync=False is for plain SAM: the method {_name_of(method)} blends gradients, which "
+            "have to be those of the whole batch"
+        )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {generator!r:.80}")
     if not sync and not hasattr(model, "no_sync") and _processes() > 1:
@@ -538,11 +831,15 @@ def _check_arguments(optimizer: Any, model: Any, rule: Any, generator: Any, sync
             "sync=False needs model=, wrapped in DistributedDataParallel: it is the wrapper "
             f"that can leave gradients apart; got {type(model).__name__}"
         )
-    drawing = inspect.signature(rule).parameters.get("generator")
-    if generator is None and drawing and drawing.default is drawing.empty:
-        raise ValueError(
-            f"the rule {_rule_name(rule)} draws random numbers: give generator=torch.Generator()"
-        )
+    for kind, function, name in (
+        ("rule", rule, _rule_name(rule)),
+        ("method", method, _name_of(method)),
+    ):
+        drawing = inspect.signature(function).parameters.get("generator")
+        if generator is None and drawing and drawing.default is drawing.empty:
+            raise ValueError(
+                f"the {kind} {name} draws random numbers: give generator=torch.Generator()"
+            )
 
 
 def _warn_of_half_precision(params: Sequence[Tensor], rule: Rule) -> None:

@@ -37,8 +37,10 @@ from torch import Tensor, nn
 from sam_lab._checks import check_examples, check_integer, check_nonnegative
 from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
+from sam_lab.methods import Method, plain
 from sam_lab.objective import Closure
-from sam_lab.perturbations import Rule, sam
+from sam_lab.perturbations import Rule
+from sam_lab.perturbations import sam as sam_rule
 from sam_lab.sam import SAM
 from sam_lab.state import RandomState, evaluating, load_optimizer
 
@@ -72,21 +74,24 @@ class Phase:
         start, stop: the half-open interval [start, stop) of epochs, counted from 0.
         rho: radius of SAM; 0 for the optimizer alone, at one pass a step.
         rule: what SAM's perturbation is, a function of `sam_lab.perturbations` without a state.
+        method: how often a step looks at the loss and what descends, a function of
+            `sam_lab.methods`. Its state goes from epoch to epoch, and ends with the phase.
         attack: for adversarial training, such as ``partial(adversarial.pgd, threat=0.1)``. Called
             as ``attack(model, x, y, generator=generator)`` once a step; all passes of the step see
             what it returns. None for the examples as they are.
 
     Raises:
         TypeError, ValueError: start and stop are not whole numbers with 0 <= start < stop, rho is
-            not a finite number of at least 0, rule is no function or has a state, or attack is no
-            function.
+            not a finite number of at least 0, rule is no function or has a state, or method or
+            attack is no function.
     """
 
     start: int
     stop: int
     rho: float = 0.0
-    rule: Rule = sam
+    rule: Rule = sam_rule
     attack: Attack | None = None
+    method: Method = plain
 
     def __post_init__(self) -> None:
         check_integer("start", self.start, 0)
@@ -98,6 +103,8 @@ class Phase:
             )
         if not callable(self.rule):
             raise TypeError(f"rule must be a function of sam_lab.perturbations, got {self.rule!r}")
+        if not callable(self.method):
+            raise TypeError(f"method must be a function of sam_lab.methods, got {self.method!r}")
         if hasattr(self.rule, "state_dict"):
             raise ValueError(
                 f"rule must be without a state, which checkpoints would miss; got {self.rule!r:.80}"
@@ -179,7 +186,8 @@ class Training:
         phases: what the epochs train with, one phase after the other, from epoch 0 on without a
             gap; the end of the last is the end of the training.
         loss_fn: ``loss_fn(model(x), y)`` is the mean loss of a batch. For label smoothing give
-            ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``.
+            ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``. It may be the losses (N,) of the
+            examples, whose mean is then taken, which a phase with `methods.esam` needs.
         batch: examples a step. The last batch of an epoch is smaller where N does not divide.
         schedule: the factor of the learning rate in an epoch, a function of the share of the
             epochs that are done: `constant`, `cosine`, `step_decay`.
@@ -236,6 +244,7 @@ class Training:
         self._lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._generator = torch.Generator(x.device)
         self._inside = False  # an epoch
+        self._method: Mapping[str, Any] | None = None  # the state of the phase's method
         self.epoch = 0
         self.history: list[dict[str, float]] = []
 
@@ -316,6 +325,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "history": [dict(row) for row in self.history],
             "draws": self._draws(),
+            **({} if self._method is None else {"method": self._method}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -328,7 +338,7 @@ class Training:
                 another model or optimizer. Nothing has been loaded then.
         """
         mine = {"epoch", "model", "optimizer", "history", "draws"}
-        if not isinstance(state, Mapping) or set(state) != mine:
+        if not isinstance(state, Mapping) or set(state) - {"method"} != mine:
             got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state must have the keys {sorted(mine)}, got {got}")
         if state["draws"] != self._draws():
@@ -357,6 +367,7 @@ class Training:
             self.model.load_state_dict(weights)
             raise ValueError(f"state is of another model or optimizer: {error}") from error
         self.epoch, self.history = epoch, history
+        self._method = copy.deepcopy(state.get("method"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: whole, or not at all."""
@@ -383,9 +394,16 @@ class Training:
         for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * factor
         self.model.train()
-        method = SAM(
-            self.optimizer, phase.rho, self.model, rule=phase.rule, generator=self._generator
+        sam = SAM(
+            self.optimizer,
+            phase.rho,
+            self.model,
+            rule=phase.rule,
+            method=phase.method,
+            generator=self._generator,
         )
+        if self.epoch > phase.start:
+            sam.load_method(self._method)
         losses = []
         passes = self.history[-1]["passes"] if self.history else 0.0
 
@@ -399,7 +417,7 @@ class Training:
                 try:
                     if phase.attack is not None:
                         x = phase.attack(self.model, x, y, generator=self._generator)
-                    losses.append(method.step(partial(self._loss, x, y)))
+                    losses.append(sam.step(partial(self._loss, x, y)))
                 finally:
                     counting.remove()
                 if on_step is not None:
@@ -412,6 +430,7 @@ class Training:
                 "passes": passes,
             }
         )
+        self._method = sam.state_dict().get("method")
         self.epoch += 1
 
     def _course(self, epoch: int) -> dict[str, float]:
@@ -426,8 +445,8 @@ class Training:
             "attacked": float(phase.attack is not None),
         }
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss_fn(self.model(x), y)
+    def _loss(self, x: Tensor, y: Tensor, examples: Tensor | slice = slice(None)) -> Tensor:
+        return self.loss_fn(self.model(x[examples]), y[examples])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x), generator=self._generator, device=self.x.device)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_lab import SAM, perturbations
+from sam_lab import SAM, methods, perturbations
 from sam_lab.perturbations import Rule
 
 EVERY = 25  # steps after which weights are written down
@@ -80,6 +80,14 @@ def replicated(mine: Batch, sync: bool, view: bool) -> dict[str, Any]:
     model = DistributedDataParallel(network(), gradient_as_bucket_view=view)
     sam = SAM(sgd(model), RHO, model, sync=sync)
     return {"weights": train(model, lambda: sam.step(lambda: loss(model, mine)), steps=100)}
+
+
+def by_method(
+    mine: Batch, wrap: Callable[[nn.Module], nn.Module], method: methods.Method
+) -> dict[str, Any]:
+    model = wrap(network())
+    sam = SAM(sgd(model), RHO, model, method=method)
+    return {"weights": train(model, lambda: sam.step(lambda: loss(model, mine)), steps=12)}
 
 
 def block(mine: Batch) -> dict[str, Any]:
@@ -203,6 +211,19 @@ def fsdp_random_direction(mine: Batch) -> dict[str, Any]:
 # --- a gradient that is not finite -------------------------------------------------------------
 
 
+METHODS: dict[str, methods.Method] = {
+    "gsam": methods.gsam,
+    "wsam": methods.wsam,
+    "gradient_penalty": methods.gradient_penalty,
+    "friendly_sam": methods.friendly_sam,
+    "vasso": methods.vasso,
+    "multistep": methods.multistep,
+    "momentum_sam": methods.momentum_sam,
+    "looksam": partial(methods.looksam, k=3),
+    "graphsam": partial(methods.graphsam, k=3, beta=0.5),
+}
+
+
 def broken(mine: Batch, wrap: Callable[[nn.Module], nn.Module], sync: bool) -> dict[str, Any]:
     """Five steps, at one of which the last process has no finite gradient, and those without it."""
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -231,6 +252,11 @@ def scenarios() -> dict[str, Callable[[Batch], dict[str, Any]]]:
         "fsdp random_direction": fsdp_random_direction,
         "fsdp broken": partial(broken, wrap=sharded, sync=True),
     }
+    viewed = partial(DistributedDataParallel, gradient_as_bucket_view=True)
+    for name, method in METHODS.items():
+        found[f"copies {name}"] = partial(by_method, wrap=DistributedDataParallel, method=method)
+        found[f"views {name}"] = partial(by_method, wrap=viewed, method=method)
+        found[f"fsdp {name}"] = partial(by_method, wrap=sharded, method=method)
     for sync in (True, False):
         for view in (True, False):
             found[f"sync={sync} view={view}"] = partial(replicated, sync=sync, view=view)

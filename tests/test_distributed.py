@@ -198,6 +198,20 @@ def test_running_statistics_are_those_of_the_clean_passes_of_the_first_process(r
         assert other["buffers"]["1.num_batches_tracked"] == 25
 
 
+# --- methods ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", worker.METHODS)
+@pytest.mark.parametrize("how", ["copies", "views", "fsdp"])
+def test_a_method_is_that_of_one_process_on_the_whole_batch(run, how, name):
+    """Trap: bucket views of a gradient that a method holds are written over by the next pass."""
+    model, (x, y) = worker.network().double(), worker.batch()
+    sam = SAM(worker.sgd(model), RHO, model, method=worker.METHODS[name])
+    for _ in range(12):
+        sam.step(lambda: worker.loss(model, (x.double(), y)))
+    assert_close(run.weights(f"{how} {name}"), {12: worker.weights(model)})
+
+
 # --- FSDP2 -------------------------------------------------------------------------------------
 
 

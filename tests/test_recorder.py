@@ -1,6 +1,7 @@
 """The recorder against dense linear algebra and closed forms, and that it disturbs nothing."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from torch import nn
 
 from sam_lab import SAM, EdgeRecorder, Hessian, gd_edge, heavy_ball_edge, sam_edge
+from sam_lab.methods import gradient_penalty, gsam, vasso, wsam
 from sam_lab.perturbations import asam, random_direction, unnormalized
+from sam_lab.perturbations import sam as sam_rule
 from sam_lab.recorder import COLUMNS
 
 
@@ -153,6 +156,54 @@ def test_asam_has_an_aligned_gradient_but_no_known_edge():
     record()
     assert math.isnan(record["sam_edge"][0])
     assert 0 < record["sam_align"][0] <= 1
+
+
+def with_method(method, rho=0.5, rule=sam_rule):
+    w, _, loss = quadratic([2.0, 1.0], [3.0, 1.0])
+    sam = SAM(torch.optim.SGD([w], lr=0.5), rho, rule=rule, method=method)
+    return sam, loss, EdgeRecorder(sam, loss)
+
+
+@pytest.mark.parametrize(
+    ("method", "radius"),
+    [
+        (gsam, 0.5),
+        (partial(gsam, alpha=0.2), 0.5),
+        (wsam, 4.5),
+        (partial(wsam, gamma=0.25), 0.5 / 3),
+        (partial(wsam, gamma=0.0), 0.0),
+        (partial(gradient_penalty, lam=0.3), 0.3),
+    ],
+)
+def test_a_method_whose_edge_is_known_has_it_and_comes_to_rest_there(method, radius):
+    sam, loss, record = with_method(method)
+    for _ in range(60):
+        record()
+        sam.step(loss)
+    expected = [sam_edge(0.5, radius, norm) if radius else 4.0 for norm in record["grad_norm"]]
+    assert record["sam_edge"].tolist() == pytest.approx(expected)
+    if radius:
+        assert record["sharpness"][-1] / record["sam_edge"][-1] == pytest.approx(1.0, rel=1e-3)
+    assert np.isnan(record["sam_align"]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": vasso},
+        {"method": partial(gsam, minimize_fp=False)},
+        {"method": gsam, "rule": asam},
+        {"method": lambda look, state: (look(), state)},
+    ],
+)
+def test_for_other_methods_no_edge_is_known(options):
+    sam, loss, record = with_method(**options)
+    record()
+    assert math.isnan(record["sam_edge"][0]) and record["gd_edge"][0] == 4.0
+    sam.rho = 0.0
+    sam.step(loss)
+    record()
+    assert record["sam_edge"][1] == 4.0
 
 
 def test_a_plain_optimizer_is_sam_with_radius_zero():

@@ -16,8 +16,10 @@ SCRIPT = """
 import os, sys
 import torch
 from torch import nn
+from functools import partial
 from sam_lab import SAM
-from sam_lab.perturbations import random_direction
+from sam_lab.methods import esam, graphsam, looksam, plain
+from sam_lab.perturbations import random_direction, sam as sam_rule
 
 name, path, end = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.manual_seed(0)
@@ -25,16 +27,22 @@ x, y = torch.randn(256, 20), torch.randint(5, (256,))
 model = nn.Sequential(
     nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 5)
 )
-loss_fn = nn.CrossEntropyLoss()
+loss_fn = nn.CrossEntropyLoss(reduction="none")
 if name == "AdamW":
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 else:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+method = {
+    "LookSAM": partial(looksam, k=7, alpha=0.2),
+    "GraphSAM": partial(graphsam, k=7, beta=0.9),
+    "ESAM": esam,
+}.get(name, plain)
 sam = SAM(
     optimizer,
     rho=lambda step: 0.1 / (1 + step),
     model=model,
-    rule=random_direction,
+    rule=random_direction if method is plain else sam_rule,
+    method=method,
     generator=torch.Generator().manual_seed(1),
 )
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=end)
@@ -48,7 +56,7 @@ if os.path.exists(path):
 
 while sam.steps < end:
     batch = torch.randint(256, (32,))
-    sam.step(lambda: loss_fn(model(x[batch]), y[batch]))
+    sam.step(lambda examples=slice(None): loss_fn(model(x[batch][examples]), y[batch][examples]))
     scheduler.step()
     if sam.steps % 5 == 0:
         state = {
@@ -95,7 +103,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL on Windows")
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD with momentum"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD with momentum", "LookSAM", "GraphSAM", "ESAM"])
 def test_training_that_was_killed_and_resumed_ends_bit_identical(optimizer, tmp_path):
     whole, interrupted = str(tmp_path / "whole.pt"), str(tmp_path / "interrupted.pt")
     assert train(optimizer, whole) == list(range(1, STEPS + 1))

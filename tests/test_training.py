@@ -24,6 +24,7 @@ from torch import nn
 
 from sam_lab import SAM
 from sam_lab.adversarial import Threat, pgd
+from sam_lab.methods import esam, graphsam, gsam, looksam, momentum_sam, vasso
 from sam_lab.perturbations import asam, random_direction
 from sam_lab.training import (
     Phase,
@@ -356,6 +357,87 @@ def test_a_checkpoint_goes_on_in_a_fresh_training_bit_for_bit(optimizer, carry, 
         assert fresh.load(tmp_path / f"{epoch}.pt") is fresh
         assert fresh.epoch == epoch
         assert_equal(everything(fresh.run()), everything(training))
+
+
+def parts(training):
+    """What a training has, the state of its method by the side."""
+    state = everything(training)
+    method = state.pop("method", {"name": None, "state": {}})
+    return state, method["name"], method["state"]
+
+
+def assert_same(one, other):
+    (a, name, kept), (b, other_name, other_kept) = parts(one), parts(other)
+    assert name == other_name
+    assert_equal((a, kept), (b, other_kept))
+
+
+PER_EXAMPLE = nn.CrossEntropyLoss(reduction="none")
+METHODS = {
+    "gsam": gsam,
+    "momentum_sam": momentum_sam,
+    "vasso": partial(vasso, theta=0.3),
+    "looksam": partial(looksam, k=4),
+    "graphsam": partial(graphsam, k=5, beta=0.5),
+    "esam": esam,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_phase_with_a_method_goes_on_in_a_fresh_training_and_in_a_branch(name, tmp_path):
+    """With three steps an epoch and a look around every fourth, the counter has to be saved."""
+    phases = [Phase(0, 1), Phase(1, 4, 0.1, method=METHODS[name]), Phase(4, 5)]
+    training = made(phases, loss_fn=PER_EXAMPLE)
+    training.run(on_epoch=lambda: training.save(tmp_path / f"{training.epoch}.pt"))
+    for epoch in (1, 2, 3, 4):
+        fresh = made(phases, model=network(seed=9), loss_fn=PER_EXAMPLE)
+        fresh.load(tmp_path / f"{epoch}.pt")
+        assert_same(fresh.run(), training)
+    trunk = made(phases, loss_fn=PER_EXAMPLE).run(2)
+    before = parts(trunk)
+    assert_same(trunk.branch(phases).run(), training)
+    assert_equal((parts(trunk)[0], parts(trunk)[2]), (before[0], before[2]))
+    state = torch.load(tmp_path / "3.pt", weights_only=True)
+    assert ("method" in state) == (name in ("vasso", "looksam", "graphsam"))
+    assert "method" not in torch.load(tmp_path / "5.pt", weights_only=True)
+
+
+def test_a_method_ends_with_its_phase_and_begins_anew_in_the_next():
+    how = {"rho": 0.1, "method": METHODS["looksam"]}
+    passes = []
+    for phases in ([Phase(0, 4, **how)], [Phase(0, 1, **how), Phase(1, 4, **how)]):
+        training = made(phases).run()
+        passes.append(np.diff([0.0, *(row["passes"] for row in training.history)]).tolist())
+    # twelve steps of which each fourth has two passes, counted from the start of the phase
+    assert passes == [[4.0, 4.0, 4.0, 3.0], [4.0, 4.0, 4.0, 4.0]]
+
+
+def test_an_epoch_that_fails_leaves_the_method_as_it_was():
+    training = made([Phase(0, 3, 0.1, method=METHODS["vasso"])]).run(1)
+    before = parts(training)
+    fails = iter([False, True])
+
+    def on_step():
+        if next(fails):
+            raise Failure
+
+    with pytest.raises(Failure):
+        training.run(on_step=on_step)
+    assert_equal((parts(training)[0], parts(training)[2]), (before[0], before[2]))
+
+
+def test_the_state_of_another_method_is_refused_where_the_phase_goes_on():
+    state = made([Phase(0, 3, 0.1, method=METHODS["vasso"])]).run(1).state_dict()
+    other = made([Phase(0, 3, 0.1, method=METHODS["looksam"])])
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="state is of the method vasso, and this SAM has looksam"):
+        other.run()
+    assert other.epoch == 1
+
+
+def test_a_method_that_selects_examples_needs_their_losses():
+    with pytest.raises(ValueError, match="the method esam selects examples"):
+        made([Phase(0, 1, 0.1, method=esam)]).run()
 
 
 def test_a_checkpoint_is_readable_as_weights_only_and_holds_the_state(tmp_path):
@@ -853,6 +935,10 @@ WRONG = {
     "rho in words": (lambda: Phase(0, 1, "0.1"), "rho must be .* got '0.1'"),
     "rho yes": (lambda: Phase(0, 1, True), "rho must be .* got True"),
     "rule": (lambda: Phase(0, 1, 0.1, "sam"), "rule must be a function .* got 'sam'"),
+    "method": (
+        lambda: Phase(0, 1, 0.1, method="gsam"),
+        "method must be a function of sam_lab.methods, got 'gsam'",
+    ),
     "attack": (lambda: Phase(0, 1, attack=0.1), "attack must be a function .*, got 0.1"),
     "attack late": (lambda: late(0, 1, attack="pgd"), "attack must be a function .*, got 'pgd'"),
     "rule with a state": (
