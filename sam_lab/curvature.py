@@ -132,6 +132,10 @@ class Hessian:
     current buffers and modes. After a change that it cannot see, such as other data in a variable
     the closure reads, call `reset()`; `top`, `trace` and `density` do so by themselves.
 
+    A model made by `torch.compile` is evaluated as it was written, since compiled code has no
+    second derivative. Large layer norms (`torch.nn.LayerNorm`) are differentiated by
+    `sam_lab.layer_norm` in graph mode, in whichever network they stand.
+
     Attributes:
         hvps: Hessian-vector products so far; one is one pass over all the data.
 
