@@ -65,7 +65,9 @@ class Objective:
         self.size = sum(self._sizes)
         self._random = RandomState([self.device], self._batches.generators)
 
-    def differentiate(self, closure: Closure, create_graph: bool) -> tuple[float, Gradient]:
+    def differentiate(
+        self, closure: Closure, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> tuple[float, Gradient]:
         """Loss and gradient of one batch, checked."""
         # a graph is built to be differentiated again, whoever wrote the layers
         with FastLayerNorm() if create_graph else nullcontext():
@@ -73,7 +75,11 @@ class Objective:
         value = check_loss(loss)
         try:
             gradient = torch.autograd.grad(
-                loss.reshape(()), self.params, create_graph=create_graph, allow_unused=True
+                loss.reshape(()),
+                self.params,
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
             )
         except RuntimeError as error:
             if "second time" in str(error):
