@@ -9,9 +9,11 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # torch's profiler announces on stderr, below every other level, that it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from benchmarks import attacks, common, curvature, sam  # noqa: E402
+from benchmarks import attacks, common, curvature, sam, tracker  # noqa: E402
 
-BENCHMARKS = {b.name: b for b in (curvature.BENCHMARK, sam.BENCHMARK, attacks.BENCHMARK)}
+BENCHMARKS = {
+    b.name: b for b in (curvature.BENCHMARK, tracker.BENCHMARK, sam.BENCHMARK, attacks.BENCHMARK)
+}
 
 if __name__ == "__main__":
     common.keep_memory()
