@@ -47,14 +47,14 @@ class Config:
     """
 
     seed: int = field(default_factory=lambda: secrets.randbits(32))
-    mlps: int = 16
-    cnns: int = 4
-    transformers: int = 3
-    resnets: int = 2
-    steps: int = 150
-    truth_every: int = 10
+    mlps: int = 6
+    cnns: int = 2
+    transformers: int = 2
+    resnets: int = 1
+    steps: int = 60
+    truth_every: int = 20
     ks: tuple[int, ...] = (1, 5)
-    examples: int = 200
+    examples: int = 100
 
 
 QUICK = Config(
