@@ -21,9 +21,10 @@ $$\text{to } g:\ w\, r P u + a \hat x + c,\qquad
 The derivation is ours; `tests/test_layer_norm.py` holds it against finite differences.
 
 *Where it pays.* On one CPU thread, a second backward pass through layer norm alone costs in
-torch's own time 1.2 to 1.3 with 4,096 entries, 0.9 to 1 with 32,768, 0.7 with 131,072 and 0.5 with
-two million, for any D from 16 to 768; the first backward pass costs up to one gradient of the layer
-more. Products through the network of `experiments.sam.sam_edge_cnn` fall from 2.5 gradients to 1.8.
+torch's own time 1.2 to 1.3 with 4,096 entries, 0.8 to 1 with 32,768, 0.7 with 131,072 and 0.5 with
+two million, for any D from 16 to 768; the first backward pass costs 0.5 to 1.2 gradients of the
+layer more. Products through the network of `experiments.sam.sam_edge_cnn` fall from 2.5 gradients
+to 1.8. Not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`, with a second derivative in few operations.
 
-    Equal to torch's up to rounding in value and the first two derivatives. Later ones are right
-    too, where torch's are not: its third derivative takes the variance for a constant.
+    Equal to torch's up to rounding in value and the first two derivatives. Later ones are those of
+    the formula written out, from which torch's own differ (seen with torch 2.13).
 
     Args:
         input: (..., *normalized_shape).
