@@ -6,6 +6,7 @@ numbers can be traced. Needs torch and numpy alone; everything else is imported 
 
 from sam_lab.adversarial import fgsm, pgd
 from sam_lab.curvature import Hessian
+from sam_lab.gauss_newton import GaussNewton
 from sam_lab.recorder import EdgeRecorder
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, heavy_ball_edge, sam_edge
@@ -14,6 +15,7 @@ from sam_lab.tracker import SharpnessTracker
 __all__ = [
     "SAM",
     "EdgeRecorder",
+    "GaussNewton",
     "Hessian",
     "SharpnessTracker",
     "__version__",

@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class _Point:
     values: list[Tensor]
     loss: float
     gradient: Tensor
-    graph: Gradient | None  # the gradient with its graph, where that is kept
+    graph: Any  # what `Hessian._second_backward` needs, where that is kept, else None
 
 
 class Hessian:
@@ -131,6 +131,10 @@ class Hessian:
     The operator always speaks of the current parameter values and, given the model, of its
     current buffers and modes. After a change that it cannot see, such as other data in a variable
     the closure reads, call `reset()`; `top`, `trace` and `density` do so by themselves.
+
+    A model made by `torch.compile` is evaluated as it was written, since compiled code has no
+    second derivative. Large layer norms (`torch.nn.LayerNorm`) are differentiated by
+    `sam_lab.layer_norm` in graph mode, in whichever network they stand.
 
     Attributes:
         hvps: Hessian-vector products so far; one is one pass over all the data.
@@ -213,7 +217,8 @@ class Hessian:
         return self.params[0].device
 
     def __repr__(self) -> str:
-        return f"Hessian({self.shape[0]} parameters, {self.dtype}, {self.mode}, hvps={self.hvps})"
+        name, size = type(self).__name__, self.shape[0]
+        return f"{name}({size} parameters, {self.dtype}, {self.mode}, hvps={self.hvps})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """H v for a vector (P,), or H V for the m columns of (P, m): m products."""
@@ -423,21 +428,26 @@ class Hessian:
     def _graph_products(self, rows: Tensor) -> Tensor:
         """Backward through the graph of gradient . v; the vectors share the graph of a batch."""
         if self._objective.single:
-            graph = cast(Gradient, self._evaluate(graph=True).graph)
+            graph = self._evaluate(graph=True).graph
             with self._objective.undisturbed():
                 return self._second_backward(graph, rows, keep=True)
         out, total = torch.zeros_like(rows), 0
         with self._objective.undisturbed() as batches:
             for size, closure in batches:
-                _, gradient = self._objective.differentiate(closure, create_graph=True)
-                out += size * self._second_backward(gradient, rows, keep=False)
+                *_, graph = self._differentiate(closure, graph=True)
+                out += size * self._second_backward(graph, rows, keep=False)
                 total += size
         return out / total
 
-    def _second_backward(self, gradient: Gradient, rows: Tensor, keep: bool) -> Tensor:
+    def _differentiate(self, closure: Closure, graph: bool) -> tuple[float, Gradient, Any]:
+        """Loss and gradient of a batch; and where asked for what `_second_backward` needs."""
+        value, gradient = self._objective.differentiate(closure, create_graph=graph)
+        return value, gradient, gradient
+
+    def _second_backward(self, graph: Any, rows: Tensor, keep: bool) -> Tensor:
         """The derivative of gradient . v for every row v."""
         # an entry without a graph of its own comes from a loss linear in that parameter
-        curved = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+        curved = [(i, g) for i, g in enumerate(graph) if g is not None and g.requires_grad]
         out = torch.zeros_like(rows)
         if not curved:
             return out
@@ -473,13 +483,18 @@ class Hessian:
             grads = torch.autograd.grad(
                 loss.reshape(()), [*leaves, *self.params], allow_unused=True
             )
-            if any(g is not None for g in grads[len(leaves) :]):
-                raise ValueError(
-                    'mode="forward" needs a closure that reaches the parameters through the model '
-                    'alone, and this one also reads them directly; use mode="graph"'
-                )
+            self._check_reached(grads[len(leaves) :])
             return self._objective.flatten(
                 [None if g is None else forward_ad.unpack_dual(g).tangent for g in grads]
+            )
+
+    @staticmethod
+    def _check_reached(grads: Gradient) -> None:
+        """`grads`: of the parameters that stayed where they were."""
+        if any(g is not None for g in grads):
+            raise ValueError(
+                'mode="forward" needs a closure that reaches the parameters through the model '
+                'alone, and this one also reads them directly; use mode="graph"'
             )
 
     def _evaluate(self, graph: bool = False) -> _Point:
@@ -498,12 +513,12 @@ class Hessian:
         loss, flat, total = 0.0, torch.zeros((), dtype=self.dtype, device=self.device), 0
         with self._objective.undisturbed() as batches:
             for size, closure in batches:
-                value, gradient = self._objective.differentiate(closure, create_graph=keep)
+                value, gradient, made = self._differentiate(closure, graph=keep)
                 loss += size * value
                 flat = flat + size * self._objective.flatten([_detached(g) for g in gradient])
                 total += size
         values = [p.detach().clone() for p in self.params]
-        kept = gradient if keep else None
+        kept = made if keep else None
         self._point = _Point(self._objective.versions(), values, loss / total, flat / total, kept)
         return self._point
 

@@ -12,8 +12,9 @@ before after every pass, also after an exception.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_lab._checks import check_loss
+from sam_lab.layer_norm import FastLayerNorm
 from sam_lab.state import RandomState, undisturbed
 
 __all__ = ["Batches", "Closure", "Gradient", "Objective"]
@@ -63,13 +65,21 @@ class Objective:
         self.size = sum(self._sizes)
         self._random = RandomState([self.device], self._batches.generators)
 
-    def differentiate(self, closure: Closure, create_graph: bool) -> tuple[float, Gradient]:
+    def differentiate(
+        self, closure: Closure, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> tuple[float, Gradient]:
         """Loss and gradient of one batch, checked."""
-        loss = closure()
+        # a graph is built to be differentiated again, whoever wrote the layers
+        with FastLayerNorm() if create_graph else nullcontext():
+            loss = closure()
         value = check_loss(loss)
         try:
             gradient = torch.autograd.grad(
-                loss.reshape(()), self.params, create_graph=create_graph, allow_unused=True
+                loss.reshape(()),
+                self.params,
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
             )
         except RuntimeError as error:
             if "second time" in str(error):
@@ -113,6 +123,7 @@ class Objective:
             undisturbed(self.model, self.params, self._batches.generators),
             torch.autocast(self.device.type, enabled=False),
             sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
+            _eager(),
         ):
             self._random.restore()
             yield self._batches
@@ -195,6 +206,17 @@ class _Caller(nn.Module):
 
     def forward(self) -> Tensor:
         return self.closure()
+
+
+def _eager() -> AbstractContextManager[object]:
+    """What `torch.compile` has made runs as it was written: compiled, it has no second derivative.
+
+    Nothing can be compiled before torch's compiler is imported, which takes seconds.
+    """
+    if "torch._dynamo" in sys.modules:
+        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
 
 
 def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The sharpness along a training run, for one or two Hessian-vector products a step.
+"""The sharpness along a training run, for a few Hessian-vector products a step.
 
 Between two optimizer steps the top eigenvectors turn only a little. `SharpnessTracker` starts each
 measurement from vectors it has (LOBPCG, see `sam_lab.eigensolvers`) and stops as soon as their
@@ -41,6 +41,11 @@ class SharpnessTracker:
         audit_every: measurements from one audit to the next; None for no audits.
         seed: seed of the random starts.
         max_hvps: most products of one measurement, its audit apart.
+
+    What it costs depends on how fast the top eigenvector turns. Eleven problems that a seed drew
+    (`book/results/bench_tracker.json`: fully connected and convolutional networks, Transformers, a
+    residual network) took over their first sixty steps, audits apart, a median of 2 products a
+    measurement before the edge and 5 at it (90th percentile 3.4 and 9); with k = 5, 12 and 22.
 
     Attributes:
         hessian: the operator; `hessian.loss()` and `hessian.gradient()` cost nothing more right

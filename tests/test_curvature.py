@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sam_lab import Hessian
+from sam_lab import Hessian, models
 from sam_lab.curvature import ConvergenceWarning
 
 
@@ -511,3 +511,17 @@ def test_auto_mode_falls_back_to_the_graph_where_forward_mode_cannot_serve():
     v = torch.ones(H.shape[0], dtype=H.dtype)
     torch.testing.assert_close(H @ v, dense(closure, params) @ v)
     assert H.mode == "graph" and H.hvps == 1
+
+
+@pytest.mark.slow  # torch's compiler is imported
+@pytest.mark.parametrize("mode", ["graph", "forward"])
+def test_a_compiled_model_has_the_hessian_of_the_module_beneath(mode):
+    model, x = models.mlp((4, 8, 3), dtype=torch.float64), torch.ones(5, 4, dtype=torch.float64)
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def hessian(net):
+        return Hessian(lambda: net(x).square().mean(), net.parameters(), net, mode=mode)
+
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    compiled(x).sum().backward()  # compiled before
+    torch.testing.assert_close(hessian(compiled) @ v, hessian(model) @ v)

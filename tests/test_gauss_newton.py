@@ -1,0 +1,168 @@
+"""The Gauss-Newton operator against dense Jacobians and against the Hessian."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sam_lab import Hessian, SharpnessTracker, models
+from sam_lab.gauss_newton import GaussNewton
+
+MODES = ["graph", "forward"]
+
+
+def half_squared(outputs, targets):
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+LOSSES = {"squared error": half_squared, "cross-entropy": functional.cross_entropy}
+
+
+class Problem:
+    def __init__(self, loss, activation="tanh", examples=7):
+        generator = torch.Generator().manual_seed(0)
+        self.model = models.mlp((4, 6, 3), activation, dtype=torch.float64)
+        self.x = torch.randn(examples, 4, generator=generator, dtype=torch.float64)
+        labels = torch.randint(3, (examples,), generator=generator)
+        self.loss_fn = LOSSES[loss]
+        self.y = functional.one_hot(labels).double() if loss == "squared error" else labels
+        self.params = list(self.model.parameters())
+        self.size = sum(p.numel() for p in self.params)
+
+    def outputs(self):
+        return self.model(self.x)
+
+    def loss(self, outputs):
+        return self.loss_fn(outputs, self.y)
+
+    def operator(self, mode="auto"):
+        return GaussNewton(self.outputs, self.loss, self.params, self.model, mode)
+
+    def dense(self):
+        """J^T H_L J from the rows of J, one backward pass each, and torch's dense H_L."""
+        outputs = self.outputs()
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(o, self.params, retain_graph=True)])
+            for o in outputs.flatten()
+        ]
+        jacobian = torch.stack(rows)
+        bend = torch.autograd.functional.hessian(
+            lambda z: self.loss(z.view(outputs.shape)), outputs.detach().flatten()
+        )
+        return jacobian.T @ bend @ jacobian
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_it_is_the_dense_product_of_jacobians(loss, mode):
+    problem = Problem(loss)
+    G = problem.operator(mode)
+    made = G @ torch.eye(problem.size, dtype=torch.float64)
+    torch.testing.assert_close(made, problem.dense())
+    assert G.hvps == problem.size
+    assert float(torch.linalg.eigvalsh(made)[0]) > -1e-12
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_for_a_linear_network_it_is_the_hessian(loss):
+    problem = Problem(loss)
+    problem.model = nn.Linear(4, 3).double()
+    params = list(problem.model.parameters())
+    H = Hessian(lambda: problem.loss(problem.outputs()), params)
+    G = GaussNewton(problem.outputs, problem.loss, params)
+    eye = torch.eye(H.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(G @ eye, H @ eye)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_batches_of_unequal_sizes_make_the_same_operator(loss, mode):
+    problem = Problem(loss)
+    batches = list(zip(problem.x.split(3), problem.y.split(3), strict=True))
+    G = GaussNewton.over(
+        batches,
+        lambda x, _: problem.model(x),
+        lambda outputs, _, y: problem.loss_fn(outputs, y),
+        problem.params,
+        problem.model,
+        mode,
+    )
+    v = torch.arange(problem.size, dtype=torch.float64)
+    torch.testing.assert_close(G @ v, problem.dense() @ v)
+    whole = problem.operator()
+    assert G.loss() == pytest.approx(whole.loss())
+    torch.testing.assert_close(G.gradient(), whole.gradient())
+    assert "GaussNewton" in repr(G)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_spectrum_and_tracker_work_on_it(mode):
+    problem = Problem("cross-entropy")
+    dense = torch.linalg.eigvalsh(problem.dense()).flip(0)
+    pairs = problem.operator(mode).top(3, tol=1e-8)
+    torch.testing.assert_close(pairs.values, dense[:3])
+    trace = problem.operator(mode).trace(tol=0.02, max_hvps=3000)
+    assert abs(trace.value - float(dense.sum())) < 5 * trace.stderr
+    density = problem.operator(mode).density(steps=problem.size, probes=2)
+    assert float(torch.trapezoid(density.density, density.grid)) == pytest.approx(1, abs=1e-3)
+    tracker = SharpnessTracker(problem.operator(mode), tol=1e-6)
+    for _ in range(3):
+        tracker.measure()
+        with torch.no_grad():
+            problem.params[0].mul_(1.1)
+    top = torch.linalg.eigvalsh(problem.dense())[-1]
+    torch.testing.assert_close(tracker.measure().values[0], top)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_and_loss_are_those_of_the_hessian_at_the_current_parameters(mode):
+    problem = Problem("squared error")
+    G = problem.operator(mode)
+    G @ torch.ones(problem.size, dtype=torch.float64)
+    with torch.no_grad():
+        problem.params[0].add_(0.5)
+    H = Hessian(lambda: problem.loss(problem.outputs()), problem.params)
+    assert G.loss() == pytest.approx(H.loss())
+    torch.testing.assert_close(G.gradient(), H.gradient())
+    v = torch.ones(problem.size, dtype=torch.float64)
+    torch.testing.assert_close(G @ v, problem.dense() @ v)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_linear_in_the_outputs_has_none(mode):
+    problem = Problem("squared error")
+    G = GaussNewton(problem.outputs, lambda f: f.sum(), problem.params, problem.model, mode)
+    assert not bool((G @ torch.ones(problem.size, dtype=torch.float64)).any())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_and_unused_parameters(mode):
+    problem = Problem("squared error")
+    spare = nn.Linear(2, 2).double()
+    both = nn.ModuleList([problem.model, spare])
+    params = [*problem.params[2:], *spare.parameters()]
+    G = GaussNewton(problem.outputs, problem.loss, params, both, mode)
+    first = sum(p.numel() for p in problem.params[:2])
+    wanted = torch.zeros(G.shape, dtype=torch.float64)
+    used = problem.size - first
+    wanted[:used, :used] = problem.dense()[first:, first:]
+    torch.testing.assert_close(G @ torch.eye(G.shape[0], dtype=torch.float64), wanted)
+
+
+def test_wrong_arguments_are_named():
+    problem = Problem("squared error")
+    with pytest.raises(TypeError, match="outputs must be callable, got Tensor"):
+        GaussNewton(problem.x, problem.loss, problem.params)
+    with pytest.raises(TypeError, match="loss_fn must be callable, got Tensor"):
+        GaussNewton(problem.outputs, problem.y, problem.params)
+    G = GaussNewton(lambda: (problem.outputs(),), lambda f: f[0].sum(), problem.params)
+    with pytest.raises(TypeError, match="outputs must return one tensor, got tuple"):
+        G.loss()
+    with pytest.raises(ValueError, match="reads them directly"):
+        GaussNewton(
+            lambda: problem.outputs() * problem.params[0].sum(),
+            problem.loss,
+            problem.params,
+            problem.model,
+            "forward",
+        ) @ torch.ones(problem.size, dtype=torch.float64)
