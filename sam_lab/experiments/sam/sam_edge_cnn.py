@@ -69,7 +69,8 @@ DESKTOP = Config(
     every=25,
     tol=2e-2,
 )
-PAPER = replace(DESKTOP, chunk=1000, lrs=(0.004, 0.01), steps=6000, every=30, tol=1e-2)
+# With a learning rate of 0.01 gradient descent diverges on it from the first seed on.
+PAPER = replace(DESKTOP, chunk=1000, lrs=(0.002, 0.004), steps=3000, every=15, tol=1e-2)
 
 
 def problem(
