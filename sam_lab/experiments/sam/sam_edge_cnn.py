@@ -69,7 +69,7 @@ DESKTOP = Config(
     every=25,
     tol=2e-2,
 )
-# With a learning rate of 0.01 gradient descent diverges on it from the first seed on.
+# With a learning rate of 0.01 gradient descent diverged (seed 0).
 PAPER = replace(DESKTOP, chunk=1000, lrs=(0.002, 0.004), steps=3000, every=15, tol=1e-2)
 
 
