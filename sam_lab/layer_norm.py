@@ -57,7 +57,7 @@ def layer_norm(
     the formula written out, from which torch's own differ (seen with torch 2.13).
 
     Args:
-        input: (..., *normalized_shape).
+        input: ``(..., *normalized_shape)``.
         normalized_shape: the last dimensions, which are normalised together.
         weight, bias: of that shape, or None for 1 and 0.
         eps: added to the variance.
