@@ -1,5 +1,6 @@
 """Result files: what goes in comes out, damage is refused, shards are merged."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from toy_experiment import result_of
 
 from sam_lab.experiments import Result, ResultError, Rows, Run, merge
+from sam_lab.experiments.lab.experiment import config_dict, made_with
 from sam_lab.experiments.lab.result import seal, write_whole
 
 numbers = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(10**15), 10**15)
@@ -301,3 +303,42 @@ def test_shards_that_do_not_belong_together_are_refused(other, message):
 def test_one_result_is_nothing_to_merge():
     with pytest.raises(ResultError, match="at least two results are needed to merge, got 1"):
         merge([shard(0)])
+
+
+# --- made with this config, or with another -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    lr: float = 0.1
+    groups: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    recipe: Inner
+    steps: int = 3
+    rhos: tuple[float, ...] = (0.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "same"),
+    [
+        (Outer(Inner()), {}, True),
+        (Outer(Inner(groups=(4,))), {}, False),  # a field that came later, and is used
+        (Outer(Inner(lr=0.2)), {}, False),
+        (Outer(Inner(lr=0.2)), {"recipe": {"lr": 0.2}}, True),
+        (Outer(Inner(), rhos=(0.0,)), {}, False),
+        (Outer(Inner()), {"steps": 4}, False),
+        (Outer(Inner()), {"gone": 1}, False),
+        (Outer(Inner()), {"recipe": "digits"}, False),
+    ],
+)
+def test_a_field_that_came_after_a_result_must_have_its_default(config, change, same):
+    stored = {"recipe": {"lr": 0.1}, "steps": 3, "rhos": [0.0, 0.1]}
+    assert made_with(config, {**stored, **change}) == same
+    assert made_with(config, config_dict(config))
+
+
+def test_a_field_without_a_default_must_be_in_the_result():
+    assert not made_with(Outer(Inner()), {"steps": 3, "rhos": [0.0, 0.1]})

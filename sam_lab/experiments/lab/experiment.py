@@ -14,7 +14,16 @@ from sam_lab.experiments.lab.claims import Claim, Verdict
 from sam_lab.experiments.lab.result import Columns, Result, Setting, plain
 from sam_lab.experiments.lab.setup import Setup
 
-__all__ = ["SCALES", "Cell", "Experiment", "Studies", "Study", "check_config", "config_dict"]
+__all__ = [
+    "SCALES",
+    "Cell",
+    "Experiment",
+    "Studies",
+    "Study",
+    "check_config",
+    "config_dict",
+    "made_with",
+]
 
 REQUIRED = ("laptop", "paper")
 SCALES = {
@@ -142,3 +151,23 @@ def config_dict(config: Any) -> dict[str, Any]:
     """The config as a result file holds it."""
     found: dict[str, Any] = plain(dataclasses.asdict(config), type(config).__name__)
     return found
+
+
+def made_with(config: Any, found: Mapping[str, Any]) -> bool:
+    """Whether a result file that holds the config `found` was made with this one.
+
+    A field that the file does not have came after it. It must have its default here, which by
+    convention is what was done before there was the field.
+    """
+    ours = config_dict(config)
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if each.name not in found:
+            same = value == each.default
+        elif dataclasses.is_dataclass(value) and isinstance(found[each.name], Mapping):
+            same = made_with(value, found[each.name])
+        else:
+            same = ours[each.name] == found[each.name]
+        if not same:
+            return False
+    return set(found) <= set(ours)

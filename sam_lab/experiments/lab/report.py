@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sam_lab.experiments.lab.claims import KINDS, Claim, Verdict
 from sam_lab.experiments.lab.cost import H100, HVPS, TWO_CORES, cost_in_words
-from sam_lab.experiments.lab.experiment import SCALES, Experiment, config_dict
+from sam_lab.experiments.lab.experiment import SCALES, Experiment, made_with
 from sam_lab.experiments.lab.registry import broken, get, names, part
 from sam_lab.experiments.lab.result import Result, ResultError, command
 from sam_lab.experiments.lab.table import Bullets, Table
@@ -313,6 +313,6 @@ def _judge(experiment: Experiment, scale: str, path: Path) -> dict[str, Verdict]
     result = Result.load(path)
     if (result.experiment, result.scale) != (experiment.name, scale):
         raise ResultError(f"{path.name}: holds {result.experiment} at scale {result.scale}")
-    if result.config != config_dict(experiment.presets[scale]):
+    if not made_with(experiment.presets[scale], result.config):
         raise ResultError(f"{path.name}: made with another config than the preset's; run it again")
     return {verdict.claim.id: verdict for verdict in experiment.judge(result)}
