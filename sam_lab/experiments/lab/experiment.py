@@ -29,7 +29,7 @@ REQUIRED = ("laptop", "paper")
 SCALES = {
     "laptop": "a small network on little data, which two cores finish in minutes",
     "desktop": "the largest run on the papers' own data that two cores finish in about an hour",
-    "fast": "all of CIFAR-10, with a small fast network that generalises",
+    "fast": "all of CIFAR-10, with a small network meant to learn it in few epochs",
     "paper": "the paper's own network and data where it has them, on whatever machine it ran",
 }
 """The presets that the ledger sets side by side, from small to large, and what each of them is."""
