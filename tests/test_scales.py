@@ -138,7 +138,7 @@ def test_the_cost_of_a_switch_is_that_of_the_epochs_on_either_side():
 @pytest.mark.parametrize(
     ("flops", "words"),
     [
-        (1e12, "1.0e+12 FLOPs: about 1 minutes on two CPU cores, 1 minutes on one H100"),
+        (1e12, "1.0e+12 FLOPs: about a minute on two CPU cores, a minute on one H100"),
         (3.6e15, "3.6e+15 FLOPs: about 10 hours on two CPU cores, 2 minutes on one H100"),
         (1e18, "1.0e+18 FLOPs: about 116 days on two CPU cores, 9.3 hours on one H100"),
         (1e20, "1.0e+20 FLOPs: about 32 years on two CPU cores, 39 days on one H100"),

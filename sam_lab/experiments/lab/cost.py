@@ -51,8 +51,10 @@ def cost_in_words(flops: float) -> str:
 
 def _time(seconds: float) -> str:
     hours = seconds / 3600
+    if seconds < 90:
+        return "a minute"
     if hours < 1:
-        return f"{max(60 * hours, 1):.0f} minutes"
+        return f"{60 * hours:.0f} minutes"
     if hours < 48:
         return f"{hours:.2g} hours"
     days = hours / 24
