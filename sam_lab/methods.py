@@ -70,7 +70,6 @@ from sam_lab.perturbations import Radius, Rule, gaussian, global_norm, uniform
 __all__ = [
     "Look",
     "Method",
-    "State",
     "bernoulli",
     "det_sam",
     "esam",

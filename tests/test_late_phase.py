@@ -127,10 +127,12 @@ def test_settings_of_one_seed_share_data_and_initial_weights_and_seeds_do_not():
     assert not torch.equal(here.x, elsewhere.x)
 
 
-@pytest.mark.parametrize(("task", "where"), [(late_images, "data"), (late_mnist1d, "nowhere")])
+@pytest.mark.parametrize(
+    ("task", "where"), [(late_images, {"data", "patches"}), (late_mnist1d, {"nowhere"})]
+)
 def test_images_are_standardized_and_sequences_taken_as_they_are(task, where):
     presets = task.EXPERIMENT.presets.values()
-    assert {preset.recipe.standardize for preset in presets} == {where}
+    assert {preset.recipe.standardize for preset in presets} == where
 
 
 def test_unknown_schedules_and_too_many_examples_are_refused():
@@ -144,7 +146,10 @@ def test_unknown_schedules_and_too_many_examples_are_refused():
     ("task", "parameters"),
     [
         (late_mnist1d, {"laptop": 15_210, "paper": 276_010}),
-        (late_images, {"laptop": 199_210, "desktop": 77_850, "paper": 10_961_370}),
+        (
+            late_images,
+            {"laptop": 199_210, "desktop": 77_850, "fast": 1_160_970, "paper": 10_961_370},
+        ),
     ],
     ids=["mnist1d", "images"],
 )
