@@ -203,10 +203,7 @@ def wide_resnet(
                 fan_in = fan_out
         layers += [nn.BatchNorm2d(fan_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         layers.append(nn.Linear(fan_in, classes))
-        for layer in nn.Sequential(*layers).modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        return layers
+        return _he_normal(layers)
 
     return _initialised(build, "torch", seed).to(device, dtype)
 
@@ -251,10 +248,7 @@ def fast_resnet(
             Group(fan_in, fan_out) for fan_in, fan_out in pairwise((channels, *widths))
         ]
         layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), Soft(widths[-1], classes)]
-        for layer in nn.Sequential(*layers).modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        return layers
+        return _he_normal(layers)
 
     return _initialised(build, "torch", seed).to(device, dtype)
 
@@ -505,6 +499,14 @@ def _initialised(build: Callable[[], list[nn.Module]], init: str, seed: int) -> 
                     assert layer.bias is not None
                     nn.init.zeros_(layer.bias)
     return model
+
+
+def _he_normal(layers: list[nn.Module]) -> list[nn.Module]:
+    """The layers, each convolution in them with He-normal weights, by fan out."""
+    for layer in nn.Sequential(*layers).modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layers
 
 
 def _named(argument: str, name: str, table: Mapping[str, T]) -> T:

@@ -243,14 +243,21 @@ def test_each_group_of_a_wide_resnet_halves_the_resolution(shape, stride):
     assert seen == expected
 
 
-def by_hand(model, x, training):
-    """The network as functions of its tensors, statistics of batch norm included."""
+def tensors(model, training):
+    """A copy of the model's tensors by name, and batch norm as a function of them."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def normed(x, name):
         statistics = state[f"{name}.running_mean"], state[f"{name}.running_var"]
         scale, shift = state[f"{name}.weight"], state[f"{name}.bias"]
         return F.batch_norm(x, *statistics, scale, shift, training, 0.1, 1e-5)
+
+    return state, normed
+
+
+def by_hand(model, x, training):
+    """The network as functions of its tensors, statistics of batch norm included."""
+    state, normed = tensors(model, training)
 
     x = F.conv2d(x, state["0.weight"], padding=1)
     for block, stride in ((1, 1), (2, 2), (3, 2)):
@@ -346,12 +353,7 @@ def test_a_wide_resnet_refuses_what_makes_no_network(options, got):
 
 def fast_by_hand(model, x, training):
     """The network as functions of its tensors."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def normed(x, name):
-        statistics = state[f"{name}.running_mean"], state[f"{name}.running_var"]
-        scale, shift = state[f"{name}.weight"], state[f"{name}.bias"]
-        return F.batch_norm(x, *statistics, scale, shift, training, 0.1, 1e-5)
+    state, normed = tensors(model, training)
 
     for group in (0, 1):
         x = F.max_pool2d(F.conv2d(x, state[f"{group}.conv1.weight"], padding=1), 2)

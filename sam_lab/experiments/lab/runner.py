@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from functools import cache
@@ -134,17 +134,17 @@ def check_overwrite(path: Path, seeds: Iterable[int]) -> None:
 
 
 _Task = tuple[Setting, int]
+_Tick = Callable[[int, int], None]
 _Made = tuple[int, Run, float]  # number of the task, what it gave, seconds
 
 
 def _measure(
-    experiment: Experiment, config: Any, task: _Task, device: torch.device, bar: Progress | None
+    experiment: Experiment, config: Any, task: _Task, device: torch.device, *tick: _Tick
 ) -> tuple[Run, float]:
     setting, seed = task
     start = time.perf_counter()
     try:
-        cell = Cell(dict(setting), seed, device, *([bar.update] if bar else []))
-        columns = experiment.run(config, cell)
+        columns = experiment.run(config, Cell(dict(setting), seed, device, *tick))
         return Run(setting, seed, columns), time.perf_counter() - start  # type: ignore[arg-type]
     except Exception as error:
         error.add_note(f"in experiment {experiment.name!r}, {_task(setting, seed)}")
@@ -156,7 +156,7 @@ def _one_by_one(
 ) -> Iterator[_Made]:
     for number, task in enumerate(tasks):
         bar.start(_task(*task))
-        yield number, *_measure(experiment, config, task, device, bar)
+        yield number, *_measure(experiment, config, task, device, bar.update)
 
 
 def _side_by_side(
@@ -208,7 +208,7 @@ def _begin_worker(threads: int) -> None:
 
 
 def _work(name: str, config: Any, task: _Task, device: torch.device) -> tuple[Run, float]:
-    return _measure(get(name), config, task, device, None)
+    return _measure(get(name), config, task, device)
 
 
 def _resolve_scale(experiment: Experiment, scale: Any) -> tuple[Any, str]:
