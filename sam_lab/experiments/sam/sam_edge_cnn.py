@@ -70,7 +70,7 @@ DESKTOP = Config(
     tol=2e-2,
 )
 # With a learning rate of 0.01 gradient descent diverged (seed 0).
-PAPER = replace(DESKTOP, chunk=1000, lrs=(0.002, 0.004), steps=3000, every=15, tol=1e-2)
+PAPER = replace(DESKTOP, lrs=(0.002, 0.004), steps=3000, every=15, tol=1e-2)
 
 
 def problem(
