@@ -1,0 +1,1 @@
+"""Experiments of part V: the variants of SAM, at equal cost."""

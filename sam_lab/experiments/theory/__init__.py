@@ -1,0 +1,1 @@
+"""Experiments of part VI: why flat minima are found, theory against runs."""
