@@ -369,7 +369,7 @@ def _scaled(
     if isinstance(rho, Sequence):
         each = {radius: factor(radius) for radius in set(rho)}
         scaled = [d * each[radius].to(d.device) for d, radius in zip(direction, rho, strict=True)]
-    elif not norm.ndim and len({d.device for d in direction}) == 1:
+    elif not norm.ndim and all(d.device == direction[0].device for d in direction):
         scaled = list(torch._foreach_mul(list(direction), factor(rho)))
     else:
         scaled = [d * factor(rho).to(d.device) for d in direction]

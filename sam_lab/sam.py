@@ -378,7 +378,8 @@ class SAM:
 
     def random_state(self) -> RandomState:
         """The state of all random numbers now, to be given to `perturbed`."""
-        return RandomState({p.device for p in self.params})
+        # to hash a device takes a microsecond, which many small parameters would feel
+        return RandomState({p.device for p in self.params if not p.is_cpu})
 
     @property
     def skipped(self) -> int:
@@ -706,7 +707,9 @@ class _Look:
                 "parameters that require grad, of its shape"
             )
         for p, d in zip(self.params, self._present(direction), strict=True):
-            p.grad = None if d is None else d.detach().to(p.dtype)
+            if d is not None and (d.dtype is not p.dtype or d.requires_grad):
+                d = d.detach().to(p.dtype)
+            p.grad = d
 
     def _gradient(
         self, moved: AbstractContextManager[Any], examples: Tensor | None = None
