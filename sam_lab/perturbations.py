@@ -60,6 +60,7 @@ __all__ = [
     "steepest",
     "uniform",
     "unnormalized",
+    "usable",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -197,7 +198,7 @@ def random_direction(
     """
     z, length = _drawn("random_direction", torch.randn, params, grads, generator)
     # the gradient decides here too whether there is a step at all
-    return steepest(z, rho, torch.where(_usable(length), global_norm(z), 0))
+    return steepest(z, rho, torch.where(usable(length), global_norm(z), 0))
 
 
 def gaussian(
@@ -345,7 +346,8 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return total.full_tensor() if hasattr(total, "full_tensor") else total
 
 
-def _usable(norm: Tensor) -> Tensor:
+def usable(norm: Tensor) -> Tensor:
+    """Whether rho / norm is a number that a perturbation can be made with, entry by entry."""
     # in a norm below this the squares have underflown, and rho / norm could overflow
     smallest: float = torch.finfo(norm.dtype).smallest_normal ** 0.5
     return (norm > smallest) & (norm < math.inf)
@@ -361,7 +363,7 @@ def _scaled(
     direction: Sequence[Tensor], rho: Radius, norm: Tensor, unit: bool = False
 ) -> list[Tensor]:
     """``rho * direction / norm``; without the division if `unit`; zeros for an unusable norm."""
-    usable = norm < math.inf if unit else _usable(norm)
+    fit = norm < math.inf if unit else usable(norm)
 
     def factor(radius: float) -> Tensor:
         return torch.full_like(norm, radius) if unit else radius / norm
@@ -373,13 +375,13 @@ def _scaled(
         scaled = list(torch._foreach_mul(list(direction), factor(rho)))
     else:
         scaled = [d * factor(rho).to(d.device) for d in direction]
-    if usable.device.type == "cpu":  # the host knows it, nothing waits
-        if usable.all():
+    if fit.device.type == "cpu":  # the host knows it, nothing waits
+        if fit.all():
             return scaled
-        if not usable.ndim:
+        if not fit.ndim:
             return [torch.zeros_like(e) for e in scaled]
     # zero times infinity is not zero, so those entries have to be chosen, not multiplied
-    return [torch.where(usable.to(e.device), e, 0) for e in scaled]
+    return [torch.where(fit.to(e.device), e, 0) for e in scaled]
 
 
 def shard(t: Tensor) -> Tensor:
