@@ -9,7 +9,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # torch's profiler announces on stderr, below every other level, that it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from benchmarks import attacks, common, curvature, family, sam, tracker  # noqa: E402
+from benchmarks import attacks, common, curvature, family, sam, stack, tracker  # noqa: E402
 
 BENCHMARKS = {
     b.name: b
@@ -18,6 +18,7 @@ BENCHMARKS = {
         tracker.BENCHMARK,
         sam.BENCHMARK,
         family.BENCHMARK,
+        stack.BENCHMARK,
         attacks.BENCHMARK,
     )
 }

@@ -5,8 +5,9 @@ arithmetic. `Stack` makes the calls once for all of them. Every run keeps its ow
 rate, momentum and radius, and SAM's norm is that of each run by itself: one norm over all would
 couple the runs, and nothing would fail.
 
-``python -m benchmarks stack`` measures on your machine what it saves. On a processor that is much
-for small networks on minibatches, and nothing for full batches of some hundred examples and more.
+The smaller the networks and batches, and the more the runs, the more it saves; where arithmetic
+fills the processor it saves nothing. ``python -m benchmarks stack`` measures it, and the book's page
+on SAM in practice shows one such table.
 """
 
 from __future__ import annotations
