@@ -6,8 +6,8 @@ rate, momentum and radius, and SAM's norm is that of each run by itself: one nor
 couple the runs, and nothing would fail.
 
 The smaller the networks and batches, and the more the runs, the more it saves; where arithmetic
-fills the processor it saves nothing. ``python -m benchmarks stack`` measures it, and the book's page
-on SAM in practice shows one such table.
+fills the processor it saves nothing. ``python -m benchmarks stack`` measures it, and the book's
+page on SAM in practice shows one such table.
 """
 
 from __future__ import annotations
