@@ -60,6 +60,8 @@ class Eigenpairs:
         hvps: Hessian-vector products spent.
         converged: whether every residual is at most `tol * |values[0]|`.
         block: (P, m >= k) vectors and guard vectors, for `top(start=...)` at the next step.
+        crossing: whether the first vector is another one than at the measurement before. Only a
+            `SharpnessTracker` has one before, see there.
     """
 
     values: Tensor
@@ -68,6 +70,7 @@ class Eigenpairs:
     hvps: int
     converged: bool
     block: Tensor = field(repr=False)
+    crossing: bool = False
 
 
 @dataclass(frozen=True)

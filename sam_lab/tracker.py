@@ -10,13 +10,18 @@ What a warm start cannot see: a residual says that *some* eigenvalue is near. A 
 overtakes the tracked ones from outside leaves their residuals small. Guard vectors (for k > 1)
 keep the next neighbours in view, and every `audit_every` measurements an *audit* runs Lanczos from
 a random start: where it finds more than the residuals allow, its vectors replace the tracked ones,
-and the event is counted. At the edge the top two eigenvalues often lie within a few percent of each
-other; each value is then right, to its residual, for one of the two.
+and the event is counted.
+
+At the edge the top two eigenvalues often lie within a few percent of each other; each value is then
+right, to its residual, for one of the two. Where they change places the sharpness is continuous and
+its vector is not: a *crossing*, which the measurement says. What is followed along one vector, such
+as the part of the iterate that lies along it, has a new beginning there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +57,9 @@ class SharpnessTracker:
             after a measurement of a loss of one batch.
         measurements, hvps: measurements so far and products spent on them, audits apart.
         audits, audit_hvps: audits so far and products spent on them.
+        crossings: measurements whose first vector had less than half of its square along the first
+            vector of the measurement before: another eigenvalue had become the largest, or the
+            vector had turned by more than 45 degrees, which nearly equal eigenvalues allow.
         false_convergences: audits that found an eigenvalue above the tracked one by more than
             the residuals of the two together.
 
@@ -93,7 +101,7 @@ class SharpnessTracker:
         self.seed = check_integer("seed", seed, 0)
         self.max_hvps = check_integer("max_hvps", max_hvps, k)
         self.measurements = self.hvps = 0
-        self.audits = self.audit_hvps = self.false_convergences = 0
+        self.audits = self.audit_hvps = self.false_convergences = self.crossings = 0
         self._blocks: list[Tensor] = []  # of the latest measurements, the last one last
         self._lag = 1  # which of them to start from, counted from the end
 
@@ -104,9 +112,10 @@ class SharpnessTracker:
         keep the signs they had. An exception leaves the tracker as it was before the call.
 
         Returns:
-            `Eigenpairs` as from `Hessian.top`; its `hvps` includes an audit that was due. Where
-            not even Lanczos from a random start converged within `max_hvps`, `converged` is False
-            and a `ConvergenceWarning` is issued.
+            `Eigenpairs` as from `Hessian.top`; its `hvps` includes an audit that was due, and
+            `crossing` says whether this measurement is one of the `crossings`. Where not even
+            Lanczos from a random start converged within `max_hvps`, `converged` is False and a
+            `ConvergenceWarning` is issued.
 
         Raises:
             FloatingPointError: the loss or a product is not finite: the run has diverged.
@@ -129,6 +138,7 @@ class SharpnessTracker:
         self.audits += checked > 0
         self.audit_hvps += checked
         self.false_convergences += missed
+        self.crossings += pairs.crossing
         self._remember(pairs)
         return pairs
 
@@ -140,17 +150,18 @@ class SharpnessTracker:
         return self.hessian.top(self.k, self.tol, seed, self.max_hvps, start)
 
     def _aligned(self, pairs: Eigenpairs, hvps: int) -> Eigenpairs:
-        """The same pairs, each vector with the sign that its predecessor had."""
-        block = pairs.block
+        """The same pairs with the signs of their predecessors, and whether the first crossed."""
+        block, crossing = pairs.block, False
         if self._blocks:
             before = self._blocks[-1]
             width = min(block.shape[1], before.shape[1])
-            turned = (block[:, :width] * before[:, :width]).sum(0) < 0
+            along = (block[:, :width] * before[:, :width]).sum(0)
+            crossing = float(along[0]) ** 2 < 0.5
             signs = torch.ones(block.shape[1], dtype=block.dtype, device=block.device)
-            signs[:width] = torch.where(turned, -1.0, 1.0)
+            signs[:width] = torch.where(along < 0, -1.0, 1.0)
             block = block * signs
         vectors = block[:, : pairs.vectors.shape[1]]
-        return Eigenpairs(pairs.values, vectors, pairs.residuals, hvps, pairs.converged, block)
+        return replace(pairs, vectors=vectors, hvps=hvps, block=block, crossing=crossing)
 
     def _remember(self, pairs: Eigenpairs) -> None:
         """Keep the block, and see which of the two before it spans what was found better."""

@@ -153,6 +153,33 @@ def test_an_oscillation_of_period_two_is_met_with_the_vectors_of_two_steps_ago()
     assert spent[4:] == [1] * 8
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_crossing_is_said(k):
+    """Two eigenvalues change places: the sharpness is continuous, its vector is another one."""
+    loss = Quadratic([5.0, 4.5, 3.0, 1.0, 0.5, -2.0])
+    tracker = SharpnessTracker(loss, [loss.w], k=k, tol=1e-6, audit_every=1)
+    crossed = []
+    for second in (4.5, 4.9, 5.1, 5.5, 4.6):
+        loss.set([5.0, second, 3.0, 1.0, 0.5, -2.0])
+        pairs = tracker.measure()
+        assert pairs.values[0].item() == pytest.approx(max(5.0, second))
+        crossed.append(pairs.crossing)
+    assert crossed == [False, False, True, False, True]
+    assert tracker.crossings == 2
+    assert not Hessian(loss, [loss.w]).top(1).crossing
+
+
+def test_a_vector_that_turns_a_little_has_not_crossed():
+    loss = Quadratic([5.0, 4.0, 1.0])
+    tracker = SharpnessTracker(loss, [loss.w], tol=1e-6)
+    turn = torch.tensor([[np.cos(0.5), -np.sin(0.5)], [np.sin(0.5), np.cos(0.5)]])
+    for _ in range(4):
+        assert not tracker.measure().crossing
+        loss.vectors[:, :2] = loss.vectors[:, :2] @ turn.to(loss.vectors)
+        loss.set(loss.values.tolist())
+    assert tracker.crossings == 0
+
+
 def test_an_audit_finds_what_a_warm_start_cannot_see():
     """An eigenvalue overtakes from outside: the tracked vector stays an exact eigenvector."""
     loss = Quadratic([5.0, 3.0, 1.0, -2.0])
