@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_lab._optional import require
 from sam_lab.data import Dataset
 from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment, Studies, Study
@@ -618,12 +619,9 @@ def frob_sam_lowers_frobenius(runs: SeedRuns) -> float:
 def flatter_methods_err_less(runs: SeedRuns) -> float:
     """Across the methods a smaller sharpness goes with a smaller test error: rank correlation of
     sharpness and test error over all contenders of a seed"""
-    every_run = runs.all(study="passes")
-    ranks = [
-        np.argsort(np.argsort([run.value(column) for run in every_run]))
-        for column in ("sharpness", "test_error")
-    ]
-    return float(np.corrcoef(ranks)[0, 1])
+    columns = ("sharpness", "test_error")
+    values = [[run.value(name) for run in runs.all(study="passes")] for name in columns]
+    return float(require("scipy.stats", extra="book").spearmanr(*values).statistic)
 
 
 @claim(CONTROL, low=0.0, unit="points", set_after=True)
