@@ -20,8 +20,10 @@ method does besides passes weighs most.
 A share of the training labels is wrong, so that there is something to gain. Whoever trains less
 then also errs less: hence the control that is SGD with fewer passes, as many as the search finds.
 
-A pilot on seed 50 had SGD with all passes and with half of them, SAM and Momentum-SAM at three
-radii. Criteria on these count as set after the first data; of all others nothing had been seen.
+The task was chosen after pilots, because SAM gained much there. On seed 50 they had SGD with all
+passes and with half of them, SAM and Momentum-SAM at three radii: criteria on these count as set
+after the first data. Of the other contenders nothing had been seen on this task. On clean MNIST-1D,
+where SAM gained little, pilots on seeds 50 and 51 also had LookSAM, Nesterov's method and noise.
 """
 
 from __future__ import annotations
