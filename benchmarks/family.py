@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from benchmarks import sam as one
 from benchmarks.common import Benchmark, say, version_of
 from sam_lab import SAM, _optional, methods
-from sam_lab.experiments.lab.table import Table
 
 PERIOD = 5  # of the methods that look around from time to time
 PEER = "pytorch_optimizer"
@@ -240,40 +239,6 @@ def table(result: dict[str, Any]) -> str:
             f"{asked:>8}"
         )
     return "\n".join(lines)
-
-
-def chapter_table(result: dict[str, Any], device: str = "cpu") -> Table:
-    """The methods beside each other: passes, then time over SGD and memory added a network.
-
-    Raises:
-        ValueError: the result has no such device.
-    """
-    if device not in result["devices"]:
-        raise ValueError(f"device must be one of {', '.join(result['devices'])}, got {device!r}")
-    networks = [n for n in result["networks"] if any(r["network"] == n for r in result["steps"])]
-    header = ["Method", "Passes"]
-    for network in networks:
-        header += [f"{network}: time", "memory"]
-    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
-    counts: dict[tuple[str, str], str] = {}
-    for row in result["steps"]:
-        if row["device"] != device or row["tool"] == one.BASE.tool or row["missing"]:
-            continue
-        key = (row["tool"], row["how"])
-        counts[key] = f"{row['passes']:.2f}"
-        spread = f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}"
-        cells.setdefault(key, {})[row["network"]] = [
-            f"{row['ratio']:.2f} ({spread})",
-            f"{row['memory']:.2f}",
-        ]
-    lines = []
-    for method in METHODS:
-        key = (method.tool, method.how)
-        if key in cells:
-            found = [cells[key].get(network, ["–", "–"]) for network in networks]
-            flat = [cell for pair in found for cell in pair]
-            lines.append([f"{method.tool}, {method.how}", counts[key], *flat])
-    return Table(header, lines)
 
 
 BENCHMARK = Benchmark(

@@ -470,28 +470,41 @@ def _cells(row: dict[str, Any]) -> str:
 
 
 def chapter_table(result: dict[str, Any], device: str = "cpu") -> Table:
-    """The methods beside each other, a pair of columns a network: time over SGD, memory added.
+    """The methods beside each other: where the result counts them, passes a step; then a pair of
+    columns a network, time over SGD and memory added.
 
     Raises:
         ValueError: the result has no such device.
     """
     if device not in result["devices"]:
         raise ValueError(f"device must be one of {', '.join(result['devices'])}, got {device!r}")
-    networks = list(result["networks"])
-    header = ["Method"]
+    steps = [r for r in result["steps"] if r["device"] == device and r["tool"] != BASE.tool]
+    networks = [n for n in result["networks"] if any(r["network"] == n for r in steps)]
+    counted = any("passes" in row for row in steps)
+    header = ["Method", *(["Passes"] if counted else [])]
     for network in networks:
         header += [f"{network}: time", "memory"]
-    rows: dict[tuple[str, str], list[str]] = {}
-    for row in result["steps"]:
-        if row["device"] != device or row["tool"] == BASE.tool:
-            continue
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    counts: dict[tuple[str, str], list[str]] = {}
+    for row in steps:
+        key = (row["tool"], row["how"])
         cells = ["–", "–"]
         if not row["missing"]:
             spread = f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}"
             cells = [f"{row['ratio']:.2f} ({spread})", f"{row['memory']:.2f}"]
-        rows.setdefault((row["tool"], row["how"]), []).extend(cells)
-    lines = [[f"{tool}, {how}", *cells] for (tool, how), cells in rows.items()]
-    return Table(header, lines)
+        rows.setdefault(key, {})[row["network"]] = cells
+        counts[key] = [f"{row['passes']:.2f}"] if row.get("passes") else ["–"] * counted
+    return Table(
+        header,
+        [
+            [
+                f"{tool}, {how}",
+                *counts[tool, how],
+                *(cell for name in networks for cell in found.get(name, ["–", "–"])),
+            ]
+            for (tool, how), found in rows.items()
+        ],
+    )
 
 
 BENCHMARK = Benchmark(

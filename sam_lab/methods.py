@@ -82,6 +82,7 @@ __all__ = [
     "gsam_radius",
     "inner",
     "looksam",
+    "mix",
     "momentum_sam",
     "multistep",
     "plain",
@@ -166,6 +167,11 @@ def plus(a: Tensors, factor: float | Tensor, b: Tensors) -> list[Tensor]:
     return list(torch._foreach_add(list(a), times(factor, b)))
 
 
+def mix(share: float, a: Tensors, b: Tensors) -> list[Tensor]:
+    """``share * a + (1 - share) * b``, tensor by tensor; the share may lie outside [0, 1]."""
+    return plus(times(share, a), 1 - share, b)
+
+
 def times(factor: float | Tensor, a: Tensors) -> list[Tensor]:
     """``factor * a``, tensor by tensor."""
     if isinstance(factor, Tensor) and len({x.device for x in a}) > 1:
@@ -247,7 +253,7 @@ def wsam(look: Look, state: State, *, gamma: float = 0.9) -> tuple[list[Tensor],
         raise ValueError(f"gamma must be at least 0 and below 1, got {gamma!r}")
     a = gamma / (1 - gamma)
     g = look()
-    return plus(times(1 - a, g), a, look.along(g)), state
+    return mix(a, look.along(g), g), state
 
 
 def gradient_penalty(look: Look, state: State, *, lam: float = 0.05) -> tuple[list[Tensor], State]:
@@ -263,7 +269,7 @@ def gradient_penalty(look: Look, state: State, *, lam: float = 0.05) -> tuple[li
     """
     a = check_nonnegative("lam", lam) / look.rho
     g = look()
-    return plus(times(1 - a, g), a, look.along(g)), state
+    return mix(a, look.along(g), g), state
 
 
 def friendly_sam(
@@ -287,7 +293,7 @@ def friendly_sam(
     if "m" not in state:
         return look.along(g), {"m": g}
     m = state["m"]
-    return look.along(plus(g, -sigma, m)), {"m": plus(times(lam, m), 1 - lam, g)}
+    return look.along(plus(g, -sigma, m)), {"m": mix(lam, m, g)}
 
 
 def vasso(look: Look, state: State, *, theta: float = 0.4) -> tuple[list[Tensor], State]:
@@ -303,7 +309,7 @@ def vasso(look: Look, state: State, *, theta: float = 0.4) -> tuple[list[Tensor]
     """
     _check_share("theta", theta)
     g = look()
-    d = plus(times(1 - theta, state["d"]), theta, g) if "d" in state else g
+    d = mix(theta, g, state["d"]) if "d" in state else g
     return look.along(d), {"d": d}
 
 
@@ -436,7 +442,7 @@ def graphsam(
     else:
         g = look()
         h, gs = unit(g), look.along(g)
-    return gs, {"t": t + 1, "h": plus(times(beta, h), 1 - beta, unit(gs))}
+    return gs, {"t": t + 1, "h": mix(beta, h, unit(gs))}
 
 
 def esam(
@@ -659,7 +665,8 @@ def bernoulli(p: float, rho: float, seed: int = 0) -> Callable[[int], float]:
 
     A function of seed and step alone, so that a run that is taken up again draws the same.
 
-    Source: Zhao et al. 2022, stochastic scheduled SAM (arXiv:2203.09962).
+    Source: Zhao et al. 2022 (arXiv:2203.09962), randomised sharpness-aware training: a Bernoulli
+    trial at each step says whether it is one of SAM.
     """
     _check_share("p", p)
     check_nonnegative("rho", rho)

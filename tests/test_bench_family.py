@@ -86,11 +86,11 @@ def test_quick_run_writes_a_table_with_or_without_peers(
         if not row["missing"]:
             assert row["passes"] >= 1 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert "Momentum-SAM" in capsys.readouterr().out
-    table = bench.chapter_table(result)
+    table = one.chapter_table(result)
     assert table.header == ["Method", "Passes", "MLP: time", "memory", "CNN: time", "memory"]
-    assert len(table.rows) == len(OURS) - 1 + 5 * there
+    assert len(table.rows) == len(OURS) - 1 + 5
     with pytest.raises(ValueError, match="device must be one of cpu, got 'tpu'"):
-        bench.chapter_table(result, "tpu")
+        one.chapter_table(result, "tpu")
 
 
 def test_the_stored_result_has_every_method_on_every_network() -> None:

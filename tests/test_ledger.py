@@ -161,7 +161,8 @@ def test_the_rows_of_the_ledger_are_plain_text(tmp_path, monkeypatch):
 
 
 def test_every_experiment_belongs_to_a_part_of_the_book():
-    assert {part(name) for name in experiments.names()} == {"edge", "sam", "late", "inputs"}
+    found = {part(name) for name in experiments.names()}
+    assert found == {"edge", "sam", "late", "inputs", "family"}
     assert part("late_images") == "late" and part("nobody") == ""
 
 

@@ -25,6 +25,7 @@ from sam_lab.methods import (
     gsam_radius,
     inner,
     looksam,
+    mix,
     momentum_sam,
     multistep,
     plain,
@@ -638,6 +639,13 @@ def test_a_rejection_is_across_and_a_unit_has_length_one(a, b):
     assert_equal(plus(a, 0.0, times(2.0, b)), a)
     if square > 1e-100:
         assert_equal([x.abs().sum() for x in reject(b, b)], [torch.zeros_like(b[0]).sum()] * 2)
+
+
+@given(a=vectors, b=vectors, share=st.floats(-3, 3))
+def test_a_mix_is_a_weighted_mean_and_the_first_at_a_share_of_one(a, b, share):
+    for mixed, x, y in zip(mix(share, a, b), a, b, strict=True):
+        assert torch.allclose(mixed, share * x + (1 - share) * y)
+    assert_equal(mix(1.0, a, b), a)
 
 
 class OnQuadratic:

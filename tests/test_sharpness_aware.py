@@ -13,6 +13,7 @@ from sam_lab.experiments import Cell
 from sam_lab.experiments.edge.edge_of_stability import loss_and_gradient
 from sam_lab.experiments.sam import methods, valley
 from sam_lab.experiments.sam import sharpness_aware as study
+from sam_lab.methods import momentum_sam
 from sam_lab.training import descend, squared_error
 
 SMALL = dataclasses.replace(
@@ -97,6 +98,22 @@ def test_the_trajectory_is_the_formula_of_sam(rho):
         u, v = np.array([x, y]) + rho * g / np.linalg.norm(g)
         x, y = x - lr * u * v**2, y - lr * (1 + u**2) * v
         np.testing.assert_allclose(point.numpy(), [x, y], rtol=1e-12, atol=1e-15)
+
+
+def test_in_the_valley_with_momentum_gradient_descent_is_heavy_ball():
+    path = valley.trajectory(0.0, 0.1, (1.5, 0.3), 20, momentum=0.5)
+    w, v = torch.tensor([1.5, 0.3], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for point in path:
+        assert torch.allclose(point, w)
+        x, y = w.tolist()
+        v = 0.5 * v + torch.tensor([x * y * y, (1 + x * x) * y], dtype=torch.float64)
+        w = w - 0.1 * v
+
+
+def test_in_the_valley_momentum_sam_without_momentum_is_gradient_descent():
+    how = {"method": momentum_sam}
+    path = valley.trajectory(0.1, 0.1, (1.5, 0.3), 1, momentum=0.5, **how)
+    assert torch.equal(path, valley.trajectory(0.0, 0.1, (1.5, 0.3), 1, momentum=0.5))
 
 
 def test_gradient_descent_below_the_edge_stays_where_it_reaches_the_floor():

@@ -39,6 +39,7 @@ class Recipe:
         augment: whether images are shifted and mirrored.
         shift: pixels by which they are shifted at most.
         epochs, batch, lr, momentum, weight_decay: of SGD.
+        nesterov: whether its momentum is Nesterov's.
         measured: training examples over which the Hessian is taken.
         tol: of its top eigenvalue, relative residual.
 
@@ -65,6 +66,7 @@ class Recipe:
     weight_decay: float = 5e-4
     measured: int = 1000
     tol: float = 5e-2
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         if self.standardize not in STANDARDIZE:
@@ -198,6 +200,7 @@ class Recipe:
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
         )
         training = Training(
             self.network(dataset, seed if weights is None else weights, device, norm=norm),

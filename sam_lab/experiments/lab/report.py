@@ -49,7 +49,7 @@ class LedgerRow:
 
     Attributes:
         experiment, title: name and title of its experiment.
-        part: folder of its part of the book: ``edge``, ``sam``, ``late`` or ``inputs``.
+        part: folder of its part of the book: such as ``edge`` or ``family``.
         id, statement, source, kind, criterion, set_after, headline: as those of `Claim`.
         cells: for each scale that the experiment has, what was found; None where it was not run.
     """

@@ -23,7 +23,7 @@ $\rho\, h' / h$ and for $\mathrm{lr}\, h < 2$.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,17 +47,26 @@ def loss(w: Tensor) -> Tensor:
     return 0.5 * curvature(x) * y * y
 
 
-def trajectory(rho: float, lr: float, start: tuple[float, float], steps: int) -> Tensor:
-    """The points (steps + 1, 2), float64, of `sam_lab.SAM` around plain gradient descent.
+def trajectory(
+    rho: float,
+    lr: float,
+    start: tuple[float, float],
+    steps: int,
+    momentum: float = 0.0,
+    **how: Any,
+) -> Tensor:
+    """The points (steps + 1, 2), float64, of `sam_lab.SAM` around gradient descent.
 
     Args:
         rho: radius of the perturbation; 0 is gradient descent itself.
         lr: learning rate. Above 2 / h(x) the floor repels gradient descent too.
         start: the first point (x, y). One on the floor, y = 0, is a minimum, where both stay.
         steps: how many steps to take. A path that diverges goes on in numbers that are not finite.
+        momentum: of gradient descent.
+        how: what `SAM` takes besides, such as `method`.
     """
     w = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    sam = SAM(torch.optim.SGD([w], lr=lr), rho)
+    sam = SAM(torch.optim.SGD([w], lr=lr, momentum=momentum), rho, **how)
     points = [w.detach().clone()]
     for _ in range(steps):
         sam.step(lambda: loss(w))
