@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from sam_lab import Hessian, SharpnessTracker, models
-from sam_lab.gauss_newton import GaussNewton
+from sam_lab.gauss_newton import GaussNewton, jacobian, noise_alignment, noise_kernel
+from sam_lab.stability import noise_kernel_norm
 
 MODES = ["graph", "forward"]
 
@@ -166,3 +167,78 @@ def test_wrong_arguments_are_named():
             problem.model,
             "forward",
         ) @ torch.ones(problem.size, dtype=torch.float64)
+
+
+# --- the noise of minibatches --------------------------------------------------------------------
+
+
+class OneOutput:
+    def __init__(self, examples=20):
+        generator = torch.Generator().manual_seed(0)
+        self.model = models.mlp((4, 6, 1), "tanh", dtype=torch.float64)
+        self.x = torch.randn(examples, 4, generator=generator, dtype=torch.float64)
+        self.params = list(self.model.parameters())
+        self.matrix = GaussNewton(
+            lambda: self.model(self.x), lambda f: f.square().mean() / 2, self.params
+        )
+
+    def rows(self):
+        return torch.stack(
+            [
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(self.model(one[None]), self.params)]
+                )
+                for one in self.x
+            ]
+        )
+
+
+def test_the_jacobian_has_the_gradients_of_the_outputs_as_rows():
+    net = OneOutput()
+    torch.testing.assert_close(jacobian(net.model, net.x), net.rows())
+
+
+def test_the_jacobian_wants_one_output():
+    with pytest.raises(ValueError, match=r"one output an example, got shape \(1, 3\)"):
+        jacobian(models.mlp((4, 6, 3)), torch.zeros(2, 4))
+
+
+def test_the_noise_kernel_by_products_is_that_of_the_eigenvalues():
+    net = OneOutput()
+    values = torch.linalg.svdvals(net.rows()) ** 2 / 20
+    lr = 1.9 / float(values[0])
+    expected = noise_kernel_norm(values, lr, 2, 20)
+    found = noise_kernel(net.matrix, lr, 2, 20, probes=30)
+    assert abs(found.value - expected) < 4 * found.stderr < 0.1 * expected
+    assert found.hvps == net.matrix.hvps
+    assert noise_kernel(net.matrix, 2.1 / float(values[0]), 2, 20).value == float("inf")
+
+
+def test_the_trace_of_a_function_is_exact_where_all_eigenvalues_are_found():
+    net = OneOutput()
+    values = torch.linalg.eigvalsh(net.rows().T @ net.rows() / 20)
+    found = net.matrix.trace_of(torch.exp, deflate=1000, tol=1e-6)
+    assert found.value == pytest.approx(float(values.exp().sum()), rel=1e-6)
+    assert found.stderr == 0
+
+
+def test_the_alignment_is_that_of_the_dense_matrices():
+    net = OneOutput()
+    rows, r = net.rows(), torch.randn(20, dtype=torch.float64)
+    G = rows.T @ rows / 20
+    gradients = r[:, None] * rows
+    sigma = torch.cov(gradients.T, correction=0)
+    dense = (sigma * G).sum() / ((r**2).mean() * (G**2).sum())
+    assert noise_alignment(rows, r) == pytest.approx(float(dense))
+
+
+@pytest.mark.parametrize(
+    ("rows", "residuals", "message"),
+    [
+        (torch.ones(3, 2), torch.ones(2), r"got \(3, 2\) and \(2,\)"),
+        (torch.ones(3, 2), torch.zeros(3), "must not all be zero"),
+    ],
+)
+def test_the_alignment_refuses(rows, residuals, message):
+    with pytest.raises(ValueError, match=message):
+        noise_alignment(rows, residuals)
