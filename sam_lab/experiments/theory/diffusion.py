@@ -200,7 +200,7 @@ def first_order_unnormalized(runs: SeedRuns) -> float:
     return _order(runs.one(rule="unnormalized"))
 
 
-@claim(COMPAGNONI, 0.8, 1.2, headline=True)
+@claim(COMPAGNONI, 0.8, 1.2)
 def first_order_sam(runs: SeedRuns) -> float:
     """The error of the SDE of SAM is of first order in the learning rate: slope of the logarithm of
     the relative error of its stationary variance, over that of the steps, against the logarithm of

@@ -379,7 +379,7 @@ def momentum_frees_sam(runs: SeedRuns) -> float:
     return float(_noise(runs, "momentum")["median"][0] / _noise(runs, "sam")["median"][0])
 
 
-@claim(KIM, low=10.0, domain="positive", headline=True)
+@claim(KIM, low=10.0, domain="positive")
 def network_is_captured(runs: SeedRuns) -> float:
     """A linear network of two layers that starts well within the radius of the saddle at zero
     never gets away with SAM: steps of SAM until its loss has fallen by a tenth over those of
