@@ -161,7 +161,8 @@ def test_the_rows_of_the_ledger_are_plain_text(tmp_path, monkeypatch):
 
 
 def test_every_experiment_belongs_to_a_part_of_the_book():
-    assert {part(name) for name in experiments.names()} == {"edge", "sam", "late", "inputs"}
+    parts = {part(name) for name in experiments.names()}
+    assert parts == {"edge", "sam", "late", "inputs", "theory"}
     assert part("late_images") == "late" and part("nobody") == ""
 
 
