@@ -30,7 +30,7 @@ from sam_lab.curvature import Hessian, TraceEstimate
 from sam_lab.objective import Batches, Closure, Gradient
 from sam_lab.stability import noise_kernel_norm
 
-__all__ = ["GaussNewton", "jacobian", "noise_alignment", "noise_kernel"]
+__all__ = ["GaussNewton", "input_gradient_bound", "jacobian", "noise_alignment", "noise_kernel"]
 
 
 class GaussNewton(Hessian):
@@ -248,6 +248,42 @@ def noise_alignment(rows: Tensor, residuals: Tensor) -> float:
     scattered = squares @ kernel.square().sum(1)
     common = (kernel @ residuals.double()).square().sum() / len(rows)
     return float((scattered - common) / size)
+
+
+def input_gradient_bound(weight: Tensor, slopes: Tensor, x: Tensor) -> Tensor:
+    r"""Bound on the gradients of a network's one output in its inputs, through its first layer.
+
+    Where the network reads x through $z = Wx$ (and a bias) alone, the gradients of its output are
+    $\nabla_x f = W^\top a$ and $\nabla_W f = a x^\top$, with a the gradient in z. Hence
+
+    $$\|\nabla_x f\| \le \|W\|_2\, \|\nabla_W f\|_F / \|x\| .$$
+
+    What bounds the gradients in the weights, as stability under SGD does for their mean square, the
+    trace of the Gauss-Newton matrix, so bounds those in the inputs.
+
+    Args:
+        weight: W, (m, d).
+        slopes: gradients of the output in W, one an example, (D, m, d).
+        x: the inputs, (D, d), none of them zero.
+
+    Returns:
+        The bound, (D,).
+
+    Raises:
+        ValueError: shapes that do not fit, or an input of zeros.
+
+    Source: after Ma & Ying 2021 (arXiv:2105.13462); this form is derived here.
+    """
+    if slopes.shape != (len(x), *weight.shape) or x.shape[1:] != weight.shape[1:]:
+        raise ValueError(
+            "weight must be (m, d), slopes (D, m, d) and x (D, d), got "
+            f"{tuple(weight.shape)}, {tuple(slopes.shape)} and {tuple(x.shape)}"
+        )
+    lengths = torch.linalg.vector_norm(x, dim=1)
+    if not bool((lengths > 0).all()):
+        raise ValueError("x must hold no input of zeros")
+    bound: Tensor = torch.linalg.matrix_norm(weight, 2) * torch.linalg.matrix_norm(slopes) / lengths
+    return bound
 
 
 class _Composed:

@@ -6,7 +6,13 @@ from torch import nn
 from torch.nn import functional
 
 from sam_lab import Hessian, SharpnessTracker, models
-from sam_lab.gauss_newton import GaussNewton, jacobian, noise_alignment, noise_kernel
+from sam_lab.gauss_newton import (
+    GaussNewton,
+    input_gradient_bound,
+    jacobian,
+    noise_alignment,
+    noise_kernel,
+)
 from sam_lab.stability import noise_kernel_norm
 
 MODES = ["graph", "forward"]
@@ -242,3 +248,28 @@ def test_the_alignment_is_that_of_the_dense_matrices():
 def test_the_alignment_refuses(rows, residuals, message):
     with pytest.raises(ValueError, match=message):
         noise_alignment(rows, residuals)
+
+
+def test_the_first_layer_bounds_the_gradient_in_the_inputs_and_is_met_by_a_linear_network():
+    net = OneOutput()
+    weight = net.params[0].detach()
+    first = net.rows()[:, : weight.numel()].unflatten(1, weight.shape)
+    inputs = net.x.clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(net.model(inputs).sum(), inputs)
+    bound = input_gradient_bound(weight, first, net.x)
+    assert bool((slopes.norm(dim=1) <= bound * (1 + 1e-12)).all())
+    # f(x) = w.x has one row: a = 1, and the bound is |w|
+    row = torch.tensor([[3.0, 4.0]])
+    assert input_gradient_bound(row, torch.ones(1, 1, 2), torch.ones(1, 2)).item() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("slopes", "x", "message"),
+    [
+        (torch.ones(3, 2, 5), torch.ones(3, 4), r"got \(2, 4\), \(3, 2, 5\) and \(3, 4\)"),
+        (torch.ones(3, 2, 4), torch.zeros(3, 4), "no input of zeros"),
+    ],
+)
+def test_the_bound_by_the_first_layer_refuses(slopes, x, message):
+    with pytest.raises(ValueError, match=message):
+        input_gradient_bound(torch.ones(2, 4), slopes, x)

@@ -211,6 +211,31 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return length
 
 
+def take_step(
+    params: Sequence[Tensor], x: Tensor, y: Tensor, setting: Setting, order: torch.Generator
+) -> None:
+    """One step of a run of the network, in place.
+
+    Args:
+        params: as for `slopes`.
+        setting: ``lr``, ``batch``, ``rho`` and ``noise``, "minibatch" or "isotropic".
+        order: draws the batch, unless it is the full one, and the noise.
+    """
+    inputs, targets = x, y
+    if setting["batch"] < len(x):
+        chosen = torch.randperm(len(x), generator=order)[: setting["batch"]].to(x.device)
+        inputs, targets = x[chosen], y[chosen]
+    g = slopes(params, inputs, targets)
+    if setting["noise"] == "isotropic":
+        g = isotropic(slopes(params, x, y), g, order)
+    if setting["rho"]:
+        scale = setting["rho"] / _norm(g)
+        moved = [p + scale * part for p, part in zip(params, g, strict=True)]
+        g = slopes(moved, inputs, targets)
+    for p, part in zip(params, g, strict=True):
+        p.sub_(part, alpha=setting["lr"])
+
+
 def network(config: Config, cell: Cell) -> Columns:
     """One run from the weights of the cell's seed.
 
@@ -220,7 +245,7 @@ def network(config: Config, cell: Cell) -> Columns:
     diverges ends with its last measurement before, and ``diverged`` is 1.
     """
     model, x, y = network_problem(config, cell.seed, cell.device)
-    lr, batch, rho, noise = (cell[name] for name in ("lr", "batch", "rho", "noise"))
+    lr, batch, rho = (cell[name] for name in ("lr", "batch", "rho"))
     size = len(x)
     order, other = (torch.Generator().manual_seed(10 * cell.seed + k) for k in (1, 2))
 
@@ -229,14 +254,11 @@ def network(config: Config, cell: Cell) -> Columns:
         value: Tensor = 0.5 * (model(inputs)[:, 0] - targets).square().mean()
         return value
 
-    def draw(generator: torch.Generator) -> Tensor:
-        return torch.randperm(size, generator=generator)[:batch].to(x.device)
-
     def batches() -> list[Closure]:
         if batch == size:
             return [loss]
-        chosen = [draw(other) for _ in range(config.drawn)]
-        return [partial(loss, rows) for rows in chosen]
+        orders = [torch.randperm(size, generator=other) for _ in range(config.drawn)]
+        return [partial(loss, rows[:batch].to(x.device)) for rows in orders]
 
     params = [p.detach() for p in model.parameters()]  # the same memory
     sam = SAM(torch.optim.SGD(model.parameters(), lr=lr), rho, model)
@@ -257,20 +279,7 @@ def network(config: Config, cell: Cell) -> Columns:
             cell.tick(step, steps)
         if step == steps:
             break
-        if batch == size:
-            inputs, targets = x, y
-        else:
-            chosen = draw(order)
-            inputs, targets = x[chosen], y[chosen]
-        g = slopes(params, inputs, targets)
-        if noise == "isotropic":
-            g = isotropic(slopes(params, x, y), g, order)
-        if rho:
-            scale = rho / _norm(g)
-            moved = [p + scale * part for p, part in zip(params, g, strict=True)]
-            g = slopes(moved, inputs, targets)
-        for p, part in zip(params, g, strict=True):
-            p.sub_(part, alpha=lr)
+        take_step(params, x, y, cell.setting, order)
     kept = {name: values[: len(rows.columns["time"])] for name, values in record.columns.items()}
     return {**kept, **rows.columns, "diverged": [float(diverged)]}
 
