@@ -9,7 +9,8 @@ they are what curvature costs.
   with v flat, all parameters reshaped to one dimension one after the other.
 - `Hessian.top`: the largest eigenvalues, by Lanczos from a random start or by LOBPCG from vectors
   that are nearly right, such as those of the step before (see `sam_lab.eigensolvers`).
-- `Hessian.trace` (Hutchinson) and `Hessian.density` (stochastic Lanczos quadrature).
+- `Hessian.trace` (Hutchinson), `Hessian.trace_of` a function of the matrix and `Hessian.density`
+  (both stochastic Lanczos quadrature).
 
 *Certificates.* An eigenpair (theta, x) is accepted when its residual |Hx - theta x| is small: some
 eigenvalue lies within the residual of theta. A small change between iterations certifies nothing.
@@ -344,6 +345,69 @@ class Hessian:
                 "raise max_hvps or tol"
             )
         return TraceEstimate(value, stderr, len(samples), converged)
+
+    def trace_of(
+        self,
+        function: Callable[[Tensor], Tensor],
+        probes: int = 8,
+        steps: int = 40,
+        deflate: int = 4,
+        tol: float = 1e-3,
+        seed: int = 0,
+    ) -> TraceEstimate:
+        """The trace of a function of the Hessian: the sum of f(eigenvalue) over all eigenvalues.
+
+        The largest eigenvalues are found by `top` and enter exactly. What is left is estimated by
+        stochastic Lanczos quadrature: on each Gaussian vector orthogonal to their eigenvectors, a
+        Lanczos run gives the Gauss quadrature of f for the spectrum as that vector sees it. So an f
+        that is steep at the top, as a resolvent is, does not spoil the estimate.
+
+        Args:
+            function: f, elementwise on a float64 tensor; it is evaluated within the spectrum alone.
+            probes: random vectors, at least 2 for the standard error.
+            steps: most Lanczos steps a vector.
+            deflate: eigenvalues that enter exactly; fewer where the network has fewer parameters.
+            tol: tolerance of `top` on their residuals.
+            seed: of all random vectors.
+
+        Returns:
+            `TraceEstimate`. Its standard error is that of the probes, without the error of the
+            quadrature; `converged` is that of `top`.
+
+        Source: Ubaru, Chen & Saad 2017, *Fast estimation of tr(f(A)) via stochastic Lanczos
+        quadrature*.
+        """
+        probes = check_integer("probes", probes, 2)
+        steps = check_integer("steps", steps, 1)
+        deflate = check_integer("deflate", deflate, 1)
+        before = self.hvps
+        pairs = self.top(min(deflate, self.shape[0]), tol=tol, seed=seed)
+        exact = float(function(pairs.values).sum())
+        known = pairs.vectors.T.contiguous()
+        draw = self._draw(seed + 1)
+
+        def outside(rows: Tensor) -> Tensor:
+            return rows - inner(rows, known).to(rows) @ known
+
+        def within(rows: Tensor) -> Tensor:
+            return outside(self._apply(rows))
+
+        samples: list[float] = []
+        if len(known) < self.shape[0]:
+            with self._session():
+                for _ in range(probes):
+                    start = outside(draw(1))
+                    for krylov in lanczos(within, lambda _, start=start: start):  # type: ignore[misc]
+                        if krylov.closed or len(krylov.alpha) == steps:
+                            break
+                    nodes, vectors = krylov.eigen()
+                    size = float(inner(start, start))
+                    samples.append(size * float(function(nodes) @ vectors[0] ** 2))
+        else:
+            samples = [0.0] * probes
+        stderr = float(np.std(samples, ddof=1)) / math.sqrt(probes)
+        value = exact + float(np.mean(samples))
+        return TraceEstimate(value, stderr, self.hvps - before, pairs.converged)
 
     def density(
         self,

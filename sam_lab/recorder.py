@@ -15,6 +15,9 @@ gradient that SAM takes instead, and the two edges that the step's learning rate
 on $\lambda_1$. Which loss is meant is the closure's choice. With minibatches these are different
 questions: a closure over the current batch asks whether *this step* bounces, a closure over a large
 fixed batch whether training as a whole sits in a valley that sharp. Two recorders answer both.
+
+For neither of them is 2/lr the edge of a step on minibatches. What is at 2/lr there is the
+`batch_sharpness`, a mean over minibatches; given `batches`, the recorder has it as a column.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +43,7 @@ from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
 from sam_lab.tracker import SharpnessTracker
 
-__all__ = ["COLUMNS", "EdgeRecorder"]
+__all__ = ["BATCH_COLUMNS", "COLUMNS", "BatchSharpness", "EdgeRecorder", "batch_sharpness"]
 
 COLUMNS = (
     "step",
@@ -55,6 +59,83 @@ COLUMNS = (
 )
 """What a measurement consists of; see `EdgeRecorder`."""
 
+BATCH_COLUMNS = ("batch_sharpness", "batch_sharpness_stderr")
+"""What there is besides, where the recorder is given `batches`."""
+
+
+class BatchSharpness(NamedTuple):
+    """`value` of `batch_sharpness`, and its standard error over the batches (NaN of one batch)."""
+
+    value: float
+    stderr: float
+
+
+def batch_sharpness(
+    optimizer: SAM | torch.optim.Optimizer,
+    closures: Iterable[Closure],
+    model: nn.Module | None = None,
+) -> BatchSharpness:
+    r"""Curvature that a step on a minibatch meets, on that same minibatch: a ratio of two means.
+
+    Let $g_B$ and $H_B$ be gradient and Hessian of the loss on a batch B, and $s_B$ the gradient
+    with which the optimizer would step: $g_B$ itself for SGD, that at $w + \epsilon$ for SAM. Then
+
+    $$\frac{E_B[s_B \cdot H_B s_B]}{E_B[s_B \cdot g_B]} .$$
+
+    To second order a step $-\eta s_B$ changes the loss on its own batch by
+    $-\eta\, s_B \cdot g_B + \tfrac12 \eta^2 s_B \cdot H_B s_B$. On average that is zero if and only
+    if the ratio is 2/lr, `gd_edge`, whatever rho. For SGD the ratio is
+    $E[g_B \cdot H_B g_B] / E|g_B|^2$, the batch sharpness of Andreyev & Beneventano. For SAM with
+    the whole data as the only batch, where the gradient lies along an eigenvector, it is
+    $\lambda(1 + \rho\lambda/|g|)$, and it is 2/lr where $\lambda$ is `sam_edge`. The form for SAM
+    is derived here.
+
+    Cost: for each batch its gradient and one Hessian-vector product; with SAM one more gradient.
+
+    Args:
+        optimizer: a `SAM` of the method `plain`, or another torch optimizer alone (rho = 0).
+        closures: each evaluates the loss on one batch, of the size that is trained with. Some tens
+            of batches give a value to within a tenth as a rule; the standard error tells.
+        model: the module that the closures evaluate; default that of the SAM.
+
+    Raises:
+        ValueError: no batch, or a SAM whose method is not `plain` or whose rule draws or has a
+            state, since measuring must not move it.
+        FloatingPointError: a loss, a gradient or a product is not finite.
+
+    Source: Andreyev & Beneventano 2024 (arXiv:2412.20553), for SGD.
+
+    Example:
+        >>> w = torch.tensor([3.0, 1.0], requires_grad=True)
+        >>> sgd = torch.optim.SGD([w], lr=0.5)
+        >>> batch_sharpness(sgd, [lambda: w[0] ** 2, lambda: w[1] ** 2]).value
+        2.0
+    """
+    sam = optimizer if isinstance(optimizer, SAM) else SAM(optimizer, rho=0.0, model=model)
+    if not _repeatable(sam):
+        raise ValueError(
+            "batch_sharpness needs a SAM of the method plain whose rule neither draws nor has a "
+            "state: measuring must not move it"
+        )
+    model = sam.model if model is None else model
+    bends, slopes = [], []
+    for closure in closures:
+        hessian = Hessian(closure, sam.params, model)
+        g = hessian.gradient()
+        s = _stepped_gradient(sam, hessian, g)
+        dot = inner(torch.stack([s, g, hessian @ s]), s[None])[:, 0].tolist()
+        slopes.append(dot[1])
+        bends.append(dot[2])
+    if not bends:
+        raise ValueError("closures must hold at least one batch, got none")
+    mean = float(np.mean(slopes))
+    value = float(np.mean(bends)) / mean if mean else math.nan
+    if len(bends) == 1 or not mean:
+        return BatchSharpness(value, math.nan)
+    # the error of a ratio of means, to first order
+    rest = np.array(bends) - value * np.array(slopes)
+    return BatchSharpness(value, float(np.std(rest, ddof=1)) / math.sqrt(len(rest)) / abs(mean))
+
 
 class EdgeRecorder:
     r"""Records sharpness and stability edges of a training run, without disturbing it.
@@ -67,6 +148,9 @@ class EdgeRecorder:
         tol: tolerance on the residual of the eigenpair, relative to the eigenvalue.
         model: the module that the closure evaluates, as for `Hessian`; default that of the SAM.
         seed: seed of the eigensolver's random starts.
+        batches: gives at each measurement the losses of some minibatches, closures as for
+            `batch_sharpness`, which says what they cost; default none. What it draws it should
+            draw from a generator of its own, so that training is not disturbed.
 
     Attributes:
         columns: a list for each name, one entry a measurement:
@@ -76,7 +160,9 @@ class EdgeRecorder:
             ``grad_norm``: Euclidean norm of the gradient g; ``gd_edge``, ``sam_edge``: the edges of
             the step without and with the perturbation; ``grad_align``, ``sam_align``:
             \|cos\| of the angle between the top eigenvector and g, or SAM's gradient;
-            ``rayleigh``: g.Hg / \|g\|^2, the curvature along the gradient.
+            ``rayleigh``: g.Hg / \|g\|^2, the curvature along the gradient. With `batches` also
+            ``batch_sharpness``, whose edge is ``gd_edge`` for SAM, too (without momentum), and
+            ``batch_sharpness_stderr``; NaN for rules and methods that it does not take.
 
         tracker: the `SharpnessTracker` that measures.
 
@@ -121,7 +207,13 @@ class EdgeRecorder:
         tol: float = 1e-2,
         model: nn.Module | None = None,
         seed: int = 0,
+        batches: Callable[[], Iterable[Closure]] | None = None,
     ) -> None:
+        if batches is not None and not callable(batches):
+            raise TypeError(
+                "batches must be a function that returns the losses of some minibatches, got "
+                f"{type(batches).__name__}"
+            )
         if not isinstance(optimizer, SAM):
             optimizer = SAM(_sgd(optimizer), rho=0.0, model=model)
         _sgd(optimizer.optimizer)
@@ -140,7 +232,9 @@ class EdgeRecorder:
             hessian = Hessian(closure, self.sam.params, model)
         self.tracker = SharpnessTracker(hessian, tol=tol, seed=seed)
         self.every = check_integer("every", every, 1)
-        self.columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        self._batches = batches
+        names = COLUMNS if batches is None else (*COLUMNS, *BATCH_COLUMNS)
+        self.columns: dict[str, list[float]] = {name: [] for name in names}
         self.seconds = 0.0
         self._began = time.perf_counter()
         self._edges(1.0)  # bad settings are an error here, not after a thousand steps
@@ -163,6 +257,8 @@ class EdgeRecorder:
         self._wait()
         start = time.perf_counter()
         row = {"step": steps, **self._measure()}
+        if self._batches is not None:
+            row |= self._on_batches(self._batches())
         self._wait()
         self.seconds += time.perf_counter() - start
         for name, value in row.items():
@@ -202,19 +298,17 @@ class EdgeRecorder:
             "rayleigh": dot[0][2] / dot[0][0] if norm else math.nan,
         }
 
+    def _on_batches(self, closures: Iterable[Closure]) -> dict[str, float]:
+        found = BatchSharpness(math.nan, math.nan)
+        if _repeatable(self.sam):
+            found = batch_sharpness(self.sam, closures, self.tracker.hessian.model)
+        return dict(zip(BATCH_COLUMNS, found, strict=True))
+
     def _sam_gradient(self, g: Tensor) -> Tensor:
         """The gradient at w + eps (P,); g itself where eps is 0, NaN where it cannot be known."""
-        sam, hessian = self.sam, self.tracker.hessian
-        if not any(sam.radii()):
-            return g
-        if sam.method is not plain or sam.generator is not None or hasattr(sam.rule, "state_dict"):
+        if any(self.sam.radii()) and not _repeatable(self.sam):
             return torch.full_like(g, math.nan)
-        pieces = g.split([p.numel() for p in sam.params])
-        grads = [piece.view_as(p) for p, piece in zip(sam.params, pieces, strict=True)]
-        with sam.perturbed(grads):
-            gradient = hessian.gradient()
-        hessian.reset()  # what it keeps is of w + eps
-        return gradient
+        return _stepped_gradient(self.sam, self.tracker.hessian, g)
 
     def _edges(self, grad_norm: float) -> tuple[float, float]:
         groups, radii = self.sam.optimizer.param_groups, self.sam.radii()
@@ -242,6 +336,26 @@ class EdgeRecorder:
         device = self.tracker.hessian.device
         if device.type != "cpu":
             torch.get_device_module(device).synchronize()
+
+
+def _repeatable(sam: SAM) -> bool:
+    """Whether the perturbation can be looked at without moving what the next step does."""
+    if not any(sam.radii()):
+        return True
+    stateless = sam.generator is None and not hasattr(sam.rule, "state_dict")
+    return sam.method is plain and stateless
+
+
+def _stepped_gradient(sam: SAM, hessian: Hessian, g: Tensor) -> Tensor:
+    """The gradient (P,) of the Hessian's loss at w + eps, where g is that at w."""
+    if not any(sam.radii()):
+        return g
+    pieces = g.split([p.numel() for p in sam.params])
+    grads = [piece.view_as(p) for p, piece in zip(sam.params, pieces, strict=True)]
+    with sam.perturbed(grads):
+        gradient = hessian.gradient()
+    hessian.reset()  # what it keeps is of w + eps
+    return gradient
 
 
 def _radius_of(method: Any, rho: float) -> float:

@@ -6,7 +6,14 @@ from torch import nn
 from torch.nn import functional
 
 from sam_lab import Hessian, SharpnessTracker, models
-from sam_lab.gauss_newton import GaussNewton
+from sam_lab.gauss_newton import (
+    GaussNewton,
+    input_gradient_bound,
+    jacobian,
+    noise_alignment,
+    noise_kernel,
+)
+from sam_lab.stability import noise_kernel_norm
 
 MODES = ["graph", "forward"]
 
@@ -166,3 +173,103 @@ def test_wrong_arguments_are_named():
             problem.model,
             "forward",
         ) @ torch.ones(problem.size, dtype=torch.float64)
+
+
+# --- the noise of minibatches --------------------------------------------------------------------
+
+
+class OneOutput:
+    def __init__(self, examples=20):
+        generator = torch.Generator().manual_seed(0)
+        self.model = models.mlp((4, 6, 1), "tanh", dtype=torch.float64)
+        self.x = torch.randn(examples, 4, generator=generator, dtype=torch.float64)
+        self.params = list(self.model.parameters())
+        self.matrix = GaussNewton(
+            lambda: self.model(self.x), lambda f: f.square().mean() / 2, self.params
+        )
+
+    def rows(self):
+        return torch.stack(
+            [
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(self.model(one[None]), self.params)]
+                )
+                for one in self.x
+            ]
+        )
+
+
+def test_the_jacobian_has_the_gradients_of_the_outputs_as_rows():
+    net = OneOutput()
+    torch.testing.assert_close(jacobian(net.model, net.x), net.rows())
+
+
+def test_the_jacobian_wants_one_output():
+    with pytest.raises(ValueError, match=r"one output an example, got shape \(1, 3\)"):
+        jacobian(models.mlp((4, 6, 3)), torch.zeros(2, 4))
+
+
+def test_the_noise_kernel_by_products_is_that_of_the_eigenvalues():
+    net = OneOutput()
+    values = torch.linalg.svdvals(net.rows()) ** 2 / 20
+    lr = 1.9 / float(values[0])
+    expected = noise_kernel_norm(values, lr, 2, 20)
+    found = noise_kernel(net.matrix, lr, 2, 20, probes=30)
+    assert abs(found.value - expected) < 4 * found.stderr < 0.1 * expected
+    assert found.hvps == net.matrix.hvps
+    assert noise_kernel(net.matrix, 2.1 / float(values[0]), 2, 20).value == float("inf")
+
+
+def test_the_trace_of_a_function_is_exact_where_all_eigenvalues_are_found():
+    net = OneOutput()
+    values = torch.linalg.eigvalsh(net.rows().T @ net.rows() / 20)
+    found = net.matrix.trace_of(torch.exp, deflate=1000, tol=1e-6)
+    assert found.value == pytest.approx(float(values.exp().sum()), rel=1e-6)
+    assert found.stderr == 0
+
+
+def test_the_alignment_is_that_of_the_dense_matrices():
+    net = OneOutput()
+    rows, r = net.rows(), torch.randn(20, dtype=torch.float64)
+    G = rows.T @ rows / 20
+    gradients = r[:, None] * rows
+    sigma = torch.cov(gradients.T, correction=0)
+    dense = (sigma * G).sum() / ((r**2).mean() * (G**2).sum())
+    assert noise_alignment(rows, r) == pytest.approx(float(dense))
+
+
+@pytest.mark.parametrize(
+    ("rows", "residuals", "message"),
+    [
+        (torch.ones(3, 2), torch.ones(2), r"got \(3, 2\) and \(2,\)"),
+        (torch.ones(3, 2), torch.zeros(3), "must not all be zero"),
+    ],
+)
+def test_the_alignment_refuses(rows, residuals, message):
+    with pytest.raises(ValueError, match=message):
+        noise_alignment(rows, residuals)
+
+
+def test_the_first_layer_bounds_the_gradient_in_the_inputs_and_is_met_by_a_linear_network():
+    net = OneOutput()
+    weight = net.params[0].detach()
+    first = net.rows()[:, : weight.numel()].unflatten(1, weight.shape)
+    inputs = net.x.clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(net.model(inputs).sum(), inputs)
+    bound = input_gradient_bound(weight, first, net.x)
+    assert bool((slopes.norm(dim=1) <= bound * (1 + 1e-12)).all())
+    # f(x) = w.x has one row: a = 1, and the bound is |w|
+    row = torch.tensor([[3.0, 4.0]])
+    assert input_gradient_bound(row, torch.ones(1, 1, 2), torch.ones(1, 2)).item() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("slopes", "x", "message"),
+    [
+        (torch.ones(3, 2, 5), torch.ones(3, 4), r"got \(2, 4\), \(3, 2, 5\) and \(3, 4\)"),
+        (torch.ones(3, 2, 4), torch.zeros(3, 4), "no input of zeros"),
+    ],
+)
+def test_the_bound_by_the_first_layer_refuses(slopes, x, message):
+    with pytest.raises(ValueError, match=message):
+        input_gradient_bound(torch.ones(2, 4), slopes, x)

@@ -12,7 +12,7 @@ from sam_lab import SAM, EdgeRecorder, Hessian, gd_edge, heavy_ball_edge, sam_ed
 from sam_lab.methods import gradient_penalty, gsam, vasso, wsam
 from sam_lab.perturbations import asam, random_direction, unnormalized
 from sam_lab.perturbations import sam as sam_rule
-from sam_lab.recorder import COLUMNS
+from sam_lab.recorder import BATCH_COLUMNS, COLUMNS, batch_sharpness
 
 
 def network(seed=0, batchnorm=False, dropout=False):
@@ -421,3 +421,110 @@ def test_on_a_fixed_quadratic_sam_comes_to_its_edge_and_gradient_descent_does_no
         record()
     assert record["sharpness"][-1] / record["sam_edge"][-1] == pytest.approx(1, abs=1e-5)
     assert record["gd_edge"][-1] == gd_edge(0.2)
+
+
+# --- batch sharpness -----------------------------------------------------------------------------
+
+
+def on_batches(model, size, count=4):
+    """The losses of some batches, each of its own data."""
+    generator = torch.Generator().manual_seed(9)
+
+    def closure():
+        x = torch.randn(size, 4, generator=generator, dtype=torch.float64)
+        y = torch.randn(size, 2, generator=generator, dtype=torch.float64)
+        return lambda: nn.functional.mse_loss(model(x), y)
+
+    return [closure() for _ in range(count)]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_batch_sharpness_is_the_ratio_of_means_by_dense_linear_algebra(rho):
+    model, _ = network()
+    params = list(model.parameters())
+    closures = on_batches(model, 3)
+    bends, slopes = [], []
+    for closure in closures:
+        g, hessian = gradient(closure, params), dense_hessian(closure, params)
+        moved = (rho * g / g.norm()).split([p.numel() for p in params])
+        with torch.no_grad():
+            for p, part in zip(params, moved, strict=True):
+                p += part.view_as(p)
+        s = gradient(closure, params)
+        with torch.no_grad():
+            for p, part in zip(params, moved, strict=True):
+                p -= part.view_as(p)
+        bends.append((s @ hessian @ s).item())
+        slopes.append((s @ g).item())
+    found = batch_sharpness(SAM(torch.optim.SGD(params, lr=0.1), rho), closures)
+    assert found.value == pytest.approx(sum(bends) / sum(slopes), rel=1e-6)
+    # the jackknife's error of the ratio, which agrees to first order
+    left = [(sum(bends) - b) / (sum(slopes) - s) for b, s in zip(bends, slopes, strict=True)]
+    assert found.stderr == pytest.approx(math.sqrt(3 * np.var(left)), rel=0.5)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.4])
+def test_with_one_batch_along_an_eigenvector_it_is_2_over_lr_at_the_edge_of_the_optimizer(rho):
+    lr, start = 0.25, 0.3
+    curvature = 1.0
+    for _ in range(200):  # the curvature that is its own edge
+        curvature = sam_edge(lr, rho, curvature * start)
+    _w, sam, loss = quadratic([curvature, 0.5], [start, 0.0], lr, rho)
+    assert batch_sharpness(sam, [loss]).value == pytest.approx(2 / lr, rel=1e-6)
+    assert math.isnan(batch_sharpness(sam, [loss]).stderr)
+
+
+def test_at_batch_sharpness_2_over_lr_steps_keep_the_loss_of_their_own_batch_on_average():
+    """Quadratic losses, where the second order is all there is."""
+    generator = torch.Generator().manual_seed(3)
+    xs = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64)
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    closures = [lambda x=x: 0.5 * (x @ w).square().mean() for x in xs]
+    for rho in (0.0, 0.2):
+        found = batch_sharpness(SAM(torch.optim.SGD([w], lr=1.0), rho), closures).value
+        changes = []
+        for closure in closures:
+            before, kept = closure().item(), w.detach().clone()
+            SAM(torch.optim.SGD([w], lr=2 / found), rho).step(closure)
+            changes.append(closure().item() - before)
+            w.data.copy_(kept)
+        assert sum(changes) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_recorder_measures_it_where_it_is_given_batches_and_disturbs_nothing():
+    def run(batches):
+        model, loss = network(batchnorm=True)
+        sam = SAM(torch.optim.SGD(model.parameters(), lr=0.05), 0.1, model)
+        given = (lambda: on_batches(model, 3)) if batches else None
+        record = EdgeRecorder(sam, loss, every=2, batches=given)
+        for _ in range(4):
+            record()
+            sam.step(loss)
+        return [t.clone() for t in model.state_dict().values()], record, model, sam
+
+    with_it, record, model, sam = run(True)
+    without, other, _, _ = run(False)
+    assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+    assert set(record.columns) == {*COLUMNS, *BATCH_COLUMNS} and set(other.columns) == set(COLUMNS)
+    for name in COLUMNS:
+        assert record.columns[name] == other.columns[name]
+    record(now=True)
+    expected = batch_sharpness(sam, on_batches(model, 3), model)
+    assert record["batch_sharpness"][-1] == expected.value
+    assert record["batch_sharpness_stderr"][-1] == expected.stderr
+
+
+def test_batch_sharpness_refuses_what_it_cannot_know():
+    w, sam, loss = quadratic([2.0, 1.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match="at least one batch"):
+        batch_sharpness(sam, [])
+    drawing = SAM(
+        torch.optim.SGD([w], lr=0.1), 0.1, rule=random_direction, generator=torch.Generator()
+    )
+    with pytest.raises(ValueError, match="neither draws nor has a state"):
+        batch_sharpness(drawing, [loss])
+    record = EdgeRecorder(drawing, loss, batches=lambda: [loss])
+    record()
+    assert math.isnan(record["batch_sharpness"][0])
+    with pytest.raises(TypeError, match="batches must be a function"):
+        EdgeRecorder(sam, loss, batches=[loss])

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from sam_lab import SAM, gd_edge, heavy_ball_edge, sam_edge
 from sam_lab.perturbations import unnormalized
-from sam_lab.stability import growth, mean_square_growth, mean_square_lr
+from sam_lab.stability import (
+    alignment_bound,
+    growth,
+    mean_square_growth,
+    mean_square_lr,
+    noise_kernel_lr,
+    noise_kernel_norm,
+    stochastic_edge,
+)
 
 positive = st.floats(1e-3, 1e3)
 more = st.floats(1.01, 100)
@@ -597,3 +605,136 @@ def test_derivatives_are_those_of_the_formula_and_finite_at_the_limits():
 def test_bad_input_names_argument_and_value(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- the noise kernel ----------------------------------------------------------------------------
+
+
+def recursion_grows(eigenvalues, lr, batch, examples):
+    """Whether the mean squares of the docstring grow, by the dense matrix of their map."""
+    e = lr * np.asarray(eigenvalues)
+    share = (examples - batch) / (batch * (examples - 1))
+    step = np.diag((1 - e) ** 2) + share * np.outer(e**2, np.ones_like(e))
+    return abs(np.linalg.eigvals(step)).max() > 1
+
+
+spectra = st.lists(st.floats(0.01, 1), min_size=1, max_size=6)
+
+
+@given(spectra, st.floats(0.01, 2.5), st.integers(1, 9))
+def test_the_noise_kernel_decides_whether_the_mean_squares_grow(eigenvalues, lr, batch):
+    K = noise_kernel_norm(np.array(eigenvalues), lr, batch, 10)
+    if abs(K - 1) > 1e-6 and abs(lr * max(eigenvalues) - 2) > 1e-6:
+        assert (K > 1) == recursion_grows(eigenvalues, lr, batch, 10)
+
+
+@given(spectra, st.integers(1, 10), st.floats(0, 3))
+def test_at_the_rate_of_the_noise_kernel_its_norm_is_1(eigenvalues, batch, rho):
+    lr = noise_kernel_lr(np.array(eigenvalues), batch, 10, rho)
+    low, high = (
+        noise_kernel_norm(np.array(eigenvalues), f * lr, batch, 10, rho) for f in (0.999, 1.001)
+    )
+    assert low < 1 < high
+    edge = stochastic_edge(np.array(eigenvalues), lr, batch, 10, rho)
+    assert edge == pytest.approx(max(eigenvalues), rel=1e-6)
+
+
+def test_for_a_small_rate_the_noise_kernel_hears_the_trace():
+    values, lr = np.array([3.0, 2.0, 0.5]), 1e-6
+    found = noise_kernel_norm(values, lr, 4, 41)
+    assert found == pytest.approx(lr * 5.5 / 2 * 37 / (4 * 40), rel=1e-5)
+
+
+@given(spectra, st.floats(0, 3))
+def test_with_the_whole_data_there_is_no_noise_and_the_edge_is_that_of_gradient_descent_or_sam(
+    eigenvalues, rho
+):
+    values = np.array(eigenvalues)
+    lr = noise_kernel_lr(values, 10, 10, rho)
+    assert growth(lr, values.max(), rho) == pytest.approx(1)
+    assert noise_kernel_norm(values, 0.99 * lr, 10, 10, rho) == 0
+    assert stochastic_edge(values, 0.5, 10, 10, rho) == pytest.approx(sam_edge(0.5, rho, 1.0))
+
+
+def test_the_noise_kernel_is_infinite_from_2_over_lr_on_and_zeros_count_for_nothing():
+    assert noise_kernel_norm(np.array([4.0, 1.0]), 0.5, 10, 10) == math.inf
+    with_zeros = noise_kernel_norm(np.array([1.0, 0.0, -1e-9]), 0.5, 1, 10)
+    assert with_zeros == noise_kernel_norm(torch.tensor([1.0]), 0.5, 1, 10)
+
+
+@pytest.mark.parametrize(("dim", "most"), [(200, 1.2), (40, 1.2)])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_for_gaussian_inputs_the_rate_of_the_noise_kernel_is_near_the_exact_one(dim, most, batch):
+    x = np.random.default_rng(0).standard_normal((24, dim))
+    values = np.linalg.svd(x, compute_uv=False) ** 2 / 24
+    over = noise_kernel_lr(values, batch, 24) / mean_square_lr(x, batch=batch)
+    assert 0.97 < over < most
+    with_sam = noise_kernel_lr(values, batch, 24, 0.3 / values[0])
+    assert 1 < with_sam / mean_square_lr(x, 0.3 / values[0], batch) < 1.7
+
+
+def test_examples_of_one_length_at_right_angles_have_the_mean_that_sam_is_said_to_feel():
+    """The mean matrix of SAM's step, over all pairs of five examples, and the formula for it."""
+    n, batch, rho = 5, 2, 0.7
+    angles = np.random.default_rng(1).standard_normal((n, 8))
+    x = angles / np.linalg.norm(angles, axis=1, keepdims=True)
+    hessians = [
+        x[list(pair)].T @ x[list(pair)] / batch for pair in itertools.combinations(range(n), batch)
+    ]
+    mean = np.mean([h @ (np.eye(8) + rho * h) for h in hessians], axis=0)
+    values = np.linalg.eigvalsh(x.T @ x / n)
+    share = (n - batch) / (batch * (n - 1))
+    felt = values * (1 + rho * ((1 - share) * values + share * values.sum()))
+    np.testing.assert_allclose(np.linalg.eigvalsh(mean), felt, atol=1e-12)
+
+
+def test_the_alignment_bound_is_where_noise_alone_gives_back_the_loss():
+    """On the linear model: the mean over all batches of the loss that a step's noise adds."""
+    rng = np.random.default_rng(2)
+    n, batch, lr = 5, 2, 0.3
+    x, delta = rng.standard_normal((n, 4)), rng.standard_normal(4)
+    G, r = x.T @ x / n, x @ delta
+    gradients = r[:, None] * x
+    sigma = gradients.T @ gradients / n - np.outer(G @ delta, G @ delta)
+    loss, size = (r**2).mean() / 2, (G**2).sum()
+    alignment = (sigma * G).sum() / (2 * loss * size)
+    noise = [
+        gradients[list(pair)].mean(0) - G @ delta
+        for pair in itertools.combinations(range(n), batch)
+    ]
+    added = np.mean([lr**2 / 2 * e @ G @ e for e in noise])
+    bound = alignment_bound(lr, alignment, batch, n)
+    assert added / loss == pytest.approx(size / bound**2)
+    assert alignment_bound(lr, alignment, n, n) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: noise_kernel_norm(np.array([-1.0, 1.0]), 0.1, 1, 3),
+            "eigenvalues must be at least 0",
+        ),
+        (
+            lambda: noise_kernel_norm(np.ones(2), 0.1, 4, 3),
+            "batch must be from 1 to the 3 examples",
+        ),
+        (lambda: noise_kernel_norm(np.ones(2), 0.1, 1, 1), "examples must be at least 2"),
+        (lambda: noise_kernel_norm(np.ones((2, 2)), 0.1, 1, 3), "eigenvalues must be of shape"),
+        (lambda: noise_kernel_norm(np.ones(2), 0.0, 1, 3), "lr must be finite, above 0"),
+        (lambda: noise_kernel_lr(np.zeros(2), 1, 3), "eigenvalues must hold one above 0"),
+        (
+            lambda: stochastic_edge(np.ones(2), 0.1, 1, 3, rho=-1.0),
+            "rho must be finite, at least 0",
+        ),
+        (lambda: alignment_bound(0.1, 0.0, 1, 3), "alignment must be finite, above 0"),
+    ],
+)
+def test_what_the_noise_kernel_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_sizes_of_batches_are_integers():
+    with pytest.raises(TypeError, match="batch must be an integer, got float"):
+        noise_kernel_norm(np.ones(2), 0.1, 1.0, 3)
