@@ -30,7 +30,8 @@ MOST_CODE_LINES = 120
 WORDS = (1500, 2500)
 HEADLINES = (5, 7)
 PREDICTIONS = (2, 3)
-PARTS = ("edge", "sam", "late", "inputs", "family")  # folders of experiments, in the book's order
+# folders of experiments, in the book's order
+PARTS = ("edge", "sam", "late", "inputs", "family", "theory")
 # Marks of a moment or a machine that have no place in a stored output.
 PASSING = re.compile(
     r"/home/|/Users/|/root\b|/tmp/|[A-Z]:\\\\|\b0x[0-9a-f]{6,}\b"
