@@ -156,8 +156,8 @@ def run(config: Config, cell: Cell) -> Columns:
 
     Columns, all at the steps in ``step``: of SAM's centre ``sharpness`` and ``second`` (the two
     largest eigenvalues), ``centre_loss`` and ``moved`` (its distance from the start); of SAM
-    ``loss``, averaged as the centre is, and ``bounce``, in the space of the centre's top three
-    eigenvectors; of the central flow ``central_sharpness``, ``central_second``, ``central_loss``
+    ``loss``, averaged as the centre is, ``bounce``, in the space of the centre's top three
+    eigenvectors, and ``whole_bounce``, in all directions; of the central flow ``central_sharpness``, ``central_second``, ``central_loss``
     (at its own centre), ``central_mean_loss``, ``central_bounce`` and ``central_distance`` (from
     SAM's centre); of the flow without bounce ``plain_sharpness``, ``plain_loss``,
     ``plain_distance``.
@@ -181,7 +181,7 @@ def run(config: Config, cell: Cell) -> Columns:
         for _ in range(config.every // config.stride):
             central.step(config.stride)
             plain.step(config.stride)
-        centre = centres[step - 1]
+        centre, near = centres[step - 1], path[step - 1 : step + 2]
         nn.utils.vector_to_parameters(centre, model.parameters())
         pairs = centre_hessian.top(SPACE, start=block)
         block = pairs.block
@@ -193,7 +193,8 @@ def run(config: Config, cell: Cell) -> Columns:
             centre_loss=centre_hessian.loss(),
             moved=float((centre - path[0]).norm()),
             loss=float(mean_losses[step - 1]),
-            bounce=float(flows.bounce(path[step - 1 : step + 2], pairs.vectors)),
+            bounce=float(flows.bounce(near, pairs.vectors)),
+            whole_bounce=float(((near[0] - 2 * near[1] + near[2]) / 4).norm()),
             central_sharpness=predicted.sharpness,
             central_second=float(predicted.values[-1]),
             central_loss=predicted.loss,
