@@ -155,12 +155,12 @@ def run(config: Config, cell: Cell) -> Columns:
     """SAM, its central flow, and the flow without the bounce.
 
     Columns, all at the steps in ``step``: of SAM's centre ``sharpness`` and ``second`` (the two
-    largest eigenvalues), ``centre_loss`` and ``moved`` (its distance from the start); of SAM
-    ``loss``, averaged as the centre is, ``bounce``, in the space of the centre's top three
-    eigenvectors, and ``whole_bounce``, in all directions; of the central flow ``central_sharpness``, ``central_second``, ``central_loss``
-    (at its own centre), ``central_mean_loss``, ``central_bounce`` and ``central_distance`` (from
-    SAM's centre); of the flow without bounce ``plain_sharpness``, ``plain_loss``,
-    ``plain_distance``.
+    largest eigenvalues), ``centre_loss`` and ``moved`` (its distance from the initial weights); of
+    SAM ``loss``, averaged as the centre is, ``bounce``, in the space of the centre's top three
+    eigenvectors, and ``whole_bounce``, in all directions; of the central flow
+    ``central_sharpness``, ``central_second``, ``central_loss`` (at its own centre),
+    ``central_mean_loss``, ``central_bounce`` and ``central_distance`` (from SAM's centre); of the
+    flow without bounce ``plain_sharpness``, ``plain_loss`` and ``plain_distance``.
 
     Raises:
         ValueError: the sharpness comes to 2 / lr, where SAM's flow ends.
