@@ -13,9 +13,8 @@ whole data set, and its sharpness is held against that edge; gradient descent wi
 rate, which stays below 2/lr, is the control: the edge is not where the sharpness would go anyway.
 
 The criteria were set before the first run, but for the one of 10%. That run had the learning rate
-0.3 and 600 steps: the median of sharpness over the edge was 0.95 to 1.06 in five seeds, and gradient
-descent came to 2/lr itself in three of them, so that it was no control. The learning rate was then
-lowered, and the time lengthened.
+0.3 and 600 steps, in which gradient descent came to 2/lr itself in most seeds, so that it was no
+control. The learning rate was then lowered, and the time lengthened.
 """
 
 from __future__ import annotations
