@@ -30,7 +30,6 @@ def weights(*values):
 # --- one direction -------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.floats(0.01, 10), st.floats(1e-3, 10), st.floats(0.01, 0.99))
 def test_the_norm_at_the_edge_undoes_sams_edge(lr, rho, share):
     sharpness = share * gd_edge(lr)
@@ -58,7 +57,6 @@ def test_a_slope_of_zero_holds_nothing():
         gd_variance(torch.ones(2), torch.zeros(2))
 
 
-@settings(deadline=None)
 @given(
     st.floats(0.05, 1),
     st.floats(0.01, 1),
@@ -157,7 +155,7 @@ def random_program(seed, k):
     return (pull + pull.T) / 2, np.einsum("ijp,klp->ijkl", slope, slope)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([None, 0.01, 0.3, 5.0]))
 def test_the_covariance_is_complementary(seed, k, trace):
     pull, push = random_program(seed, k)
