@@ -105,13 +105,12 @@ class Config:
 RHOS = (0.1, 0.2)
 LAPTOP = Config(
     (
-        Network("digits", "tanh", 2, (0.15, 0.3), RHOS),
+        Network("digits", "tanh", 2, (0.1, 0.2), RHOS),
         Network("digits", "gelu", 3, (0.15, 0.3), RHOS),
         Network("mnist_5k", "tanh", 3, (0.1,), (0.1,)),
         Network("mnist_5k", "gelu", 2, (0.2,), (0.1,)),
-        # the two whose sharpness begins below the edge of gradient descent and comes to it in time
+        # gradient descent, where its sharpness comes to its edge in time
         Network("digits", "gelu", 3, (0.5,), (0.0,)),
-        Network("mnist_5k", "gelu", 2, (0.35,), (0.0,)),
         # how much of the flow's error is the onset of the bounce, and how much its one direction
         Network("digits", "gelu", 3, (0.15,), (0.2,), begin=80),
         Network("digits", "gelu", 3, (0.15,), (0.2,), k=1),
