@@ -17,8 +17,8 @@ of the other two (half of a full cross). Learning rates and radii are crossed on
 larger images there is one of each. The loss is half the sum over classes of (logit - one-hot)^2,
 mean over examples, as in Cohen et al. 2021; the mean image is taken off. All is in float64. The
 criteria on distances (three times nearer) and on the bounce (10%, after 50 steps) were set before
-the first run; learning rates and radii were chosen by looking at the sharpness of SAM's path alone,
-so that it bounces within the horizon and starts below 2/lr.
+the first run; learning rates and radii were chosen by looking at the sharpness of SAM's path, so
+that it starts below 2/lr in all seeds and bounces within the horizon.
 """
 
 from __future__ import annotations
