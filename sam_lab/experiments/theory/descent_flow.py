@@ -85,8 +85,8 @@ def descents_bounce_is_predicted_on_average(runs: SeedRuns) -> float:
 
 @claim(CONTROL, low=1.1, domain="positive")
 def gradient_flow_is_sharper(runs: SeedRuns) -> float:
-    """Where gradient descent is at 2/lr, gradient flow ends sharper than descent's averaged weights,
-    after as many steps: quotient of the two, at the setting where it is smallest"""
+    """Where gradient descent is at 2/lr, gradient flow ends sharper than descent's averaged
+    weights, after as many steps: quotient of the two, at the setting where it is smallest"""
     return min(at_end(run, "plain_sharpness", "sharpness") for run in at_the_edge(runs))
 
 
