@@ -110,6 +110,7 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
         "bounce-is-predicted-gelu": 1.1,
         "bounce-is-predicted-on-the-whole": 5.25,
         "bounce-in-all-directions-is-predicted": (1.05 + 1.25) / 2,
+        "bounce-in-all-directions-is-predicted-everywhere": (1.05 + 1.25) / 2,
         "sharpness-is-predicted": 1.05,
         "loss-is-predicted": 1.02,
         "flow-without-bounce-is-sharper": 2.2 / 2.1,
