@@ -369,7 +369,7 @@ def bounce_begins_late(runs: SeedRuns) -> float:
     return max(delays)
 
 
-@claim(OURS, 0.9, 1.1, domain="positive", headline=True)
+@claim(OURS, 0.9, 1.1, domain="positive")
 def bounce_is_predicted(runs: SeedRuns) -> float:
     """SAM's central flow predicts the size of SAM's bounce within 10%, once it has bounced for 50
     steps: measured over predicted size in the space of the top three eigenvectors, at the setting
@@ -386,7 +386,7 @@ def bounce_is_predicted_on_the_whole(runs: SeedRuns) -> float:
 
 
 def _swings(run: Run) -> np.ndarray:
-    """Measured over predicted bounce in all directions, `SETTLED` steps after SAM's onset and on."""
+    """Measured over predicted bounce in all directions, from `SETTLED` steps after SAM's onset."""
     late = run["step"] >= onset(run) + SETTLED
     found: np.ndarray = run["whole_bounce"][late] / run["central_bounce"][late]
     return found
