@@ -114,6 +114,7 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
         "sharpness-is-predicted": 1.05,
         "loss-is-predicted": 1.02,
         "flow-without-bounce-is-sharper": 2.2 / 2.1,
+        "flow-without-bounce-is-sharper-where-sam-bounces": 2.2 / 2.1,
         "flow-from-a-later-centre-is-followed": 6.0,
         "matrix-is-nearer-than-one-direction": 0.5,
         "descent-passes-its-edge-before-it-bounces": 0.12,
