@@ -32,7 +32,7 @@ the radius of the three pairs was raised from 0.03 to 0.04, because the flattest
 begun to move when the run ended, and the tremor from 1e-12 to 1e-9, because a pair takes the longer
 to notice that it has become the sharpest, the smaller its gradient has become. In the first run of
 the whole grid one run of six steps missed the 3%; the claim on slow drifts was added then, and the
-first step of `dimension` was moved off the minimum, where SAM of two seeds had no gradient at all.
+sharpest pair of `dimension` was moved off its minimum, where SAM of two seeds had no gradient.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def dimension(config: Config, cell: Cell) -> dict[str, Any]:
     rows = Rows()
     for done, n in enumerate(config.sizes, start=1):
         d = 2 * n
-        begin = hyperbola.at(np.r_[start, np.ones(n - 1)], 0.1)[None]
+        begin = hyperbola.at(np.r_[start, np.ones(n - 1)], np.r_[0.1, np.zeros(n - 1)])[None]
 
         def fall(rule: str, steps: int, copies: int, begin: Floats = begin, n: int = n) -> float:
             w = np.repeat(begin, copies, axis=0)
