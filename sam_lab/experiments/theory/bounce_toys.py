@@ -518,7 +518,7 @@ def without_a_tremor_sam_overshoots(runs: SeedRuns) -> float:
     return float((places[:, 0] / places[:, 1]).min())
 
 
-@claim(AHN, -1.1, -0.9, headline=True)
+@claim(AHN, -1.1, -0.9)
 def noise_is_one_dth_of_sam(runs: SeedRuns) -> float:
     """A random perturbation of SAM's length flattens the sharpest pair like 1/d of SAM, d the
     number of weights: exponent of d in the ratio of the falls of log(u² − v²) a step"""
