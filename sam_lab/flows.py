@@ -43,9 +43,9 @@ the bounce: there the flow is wrong for some steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +53,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sam_lab._checks import check_integer, check_nonnegative, check_positive
-from sam_lab.curvature import Hessian
-from sam_lab.eigensolvers import inner
-from sam_lab.objective import Closure, Objective
+from sam_lab.eigensolvers import inner, lanczos_top, lobpcg
+from sam_lab.objective import Closure, Gradient, Objective
 from sam_lab.stability import gd_edge
 
 __all__ = [
@@ -72,8 +71,9 @@ __all__ = [
 
 Matrix = NDArray[np.float64]
 
-GUARDS = 2  # tracked beside the k directions that may bounce, so that none overtakes unseen
-TOL = 1e-3  # residual of the tracked eigenvectors, relative to the largest eigenvalue
+GUARDS = 1  # tracked beside the k directions that may bounce, so that none overtakes unseen
+TOL = 1e-2  # residual of the tracked eigenvectors, relative to the largest eigenvalue
+MOST_HVPS = 200  # of one search for them
 
 
 # --- one direction: closed forms -----------------------------------------------------------------
@@ -251,11 +251,10 @@ def slopes(
 ) -> Tensor:
     r"""Gradients of $u_i^\top H u_j$ in the parameters, the vectors held: third derivatives.
 
-    The gradient of an eigenvalue that stands alone is the entry [0, 0] for its eigenvector, to
-    first order: how the eigenvector turns does not matter.
+    The entry [0, 0] for the eigenvector of an eigenvalue that stands alone is the gradient of that
+    eigenvalue: that the eigenvector turns does not matter to first order.
 
-    Costs a gradient, k HVPs and k (k + 1) / 2 backward passes through them, together about
-    2 + 4 k + 2 k (k + 1) gradients.
+    Costs a gradient, k HVPs and k (k + 1) / 2 backward passes through them.
 
     Args:
         closure, params, model: as for `curvature.Hessian`.
@@ -273,33 +272,35 @@ def slopes(
             f"vectors must have shape ({objective.size}, k), one row a parameter; "
             f"got {tuple(vectors.shape)}"
         )
-    return _slopes(objective, vectors)
+    with objective.undisturbed() as batches:
+        ((_, one),) = batches
+        _, graph = objective.differentiate(one, create_graph=True)
+        return _slopes(objective, graph, vectors)
 
 
-def _slopes(objective: Objective, vectors: Tensor) -> Tensor:
+def _slopes(objective: Objective, graph: Gradient, vectors: Tensor) -> Tensor:
+    """`slopes` through the graph of a gradient."""
     k = vectors.shape[1]
     out = vectors.new_zeros(k, k, objective.size)
     pieces = [objective.unflatten(column) for column in vectors.T]
-    with objective.undisturbed() as batches:
-        (_, closure), *_ = batches
-        _, gradient = objective.differentiate(closure, create_graph=True)
-        for j in range(k):
-            along = _along(objective, gradient, pieces[j], create_graph=True)
-            for i in range(j + 1):
-                out[i, j] = objective.flatten(_along(objective, along, pieces[i]))
-                out[j, i] = out[i, j]
+    for j in range(k):
+        along = _along(objective, graph, pieces[j], create_graph=True)
+        for i in range(j + 1):
+            out[i, j] = objective.flatten(_along(objective, along, pieces[i]))
+            out[j, i] = out[i, j]
     return out
 
 
 def _along(
-    objective: Objective, field: Any, pieces: list[Tensor], create_graph: bool = False
-) -> tuple[Tensor | None, ...]:
-    """The gradient of field . vector; what does not depend on the parameters counts for nothing."""
-    curved = [(f, v) for f, v in zip(field, pieces, strict=True) if f is not None]
-    curved = [(f, v) for f, v in curved if f.requires_grad]
+    objective: Objective, graph: Gradient, pieces: list[Tensor], create_graph: bool = False
+) -> Gradient:
+    """The gradient of graph . vector; entries that do not depend on the parameters drop out."""
+    curved = [
+        (f, v) for f, v in zip(graph, pieces, strict=True) if f is not None and f.requires_grad
+    ]
     if not curved:
         return (None,) * len(objective.params)
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+    found: Gradient = torch.autograd.grad(
         [f for f, _ in curved],
         objective.params,
         [v for _, v in curved],
@@ -409,22 +410,22 @@ class CentralFlow:
         self.lr, self.rho = check_positive("lr", lr), check_nonnegative("rho", rho)
         params = list(params)
         self._objective = Objective(closure, params, model)
-        if not self._objective.single:
-            raise ValueError("closure must be the loss of one batch: the flow is a full-batch one")
-        self._hessian = Hessian(closure, params, model, mode="graph")
+        with self._evaluating():
+            first, second = self._gradient()[0], self._gradient()[0]
+        if first != second:
+            raise ValueError(
+                "closure must return the same loss at the same parameters: it gave "
+                f"{first:g} and {second:g} (turn dropout off, or fix its mask)"
+            )
         self.params = self._objective.params
         self.bounce = bool(bounce)
         self.k = check_integer("k", k, 1, min(3, self._objective.size))
         self.substeps = check_integer("substeps", substeps, 1)
         self.seed = check_integer("seed", seed, 0)
+        self.hvps = 0
         self._block: Tensor | None = None
         self._here: _Here | None = None
         self._covariance: Matrix = np.zeros((self.k, self.k))
-
-    @property
-    def hvps(self) -> int:
-        """Hessian-vector products so far, those of `slopes` apart."""
-        return self._hessian.hvps
 
     def read(self) -> FlowPoint:
         """The flow at the current parameters, which stay where they are.
@@ -439,27 +440,33 @@ class CentralFlow:
             here.loss, mean_loss, np.diag(here.matrix).copy(), here.vectors, found, here.gradient
         )
 
-    def step(self) -> None:
-        """Move by the time of one optimizer step.
+    def step(self, steps: int = 1) -> None:
+        """Move by the time of so many optimizer steps.
+
+        The curvature found where it begins serves all of them: two at a time cost little more than
+        one, where the top vectors turn slowly.
 
         Raises: as `read`.
         """
+        parts = check_integer("steps", steps, 1) * self.substeps
         if self.bounce:
             here = self._look()
             matrix, gradient = here.matrix, here.gradient
-            for part in range(self.substeps):
-                if part:
-                    gradient = self._gradient()[1]
-                    self._covariance = self._bounce(here, matrix, gradient)
-                moved = self._velocity(here, matrix, gradient) / self.substeps
-                self._move(moved)
-                matrix = matrix + _numpy(here.slopes @ moved)
+            with self._evaluating():
+                for part in range(parts):
+                    if part:
+                        gradient = self._gradient()[1]
+                        self._covariance = self._bounce(here, matrix, gradient)
+                    moved = self._velocity(here, matrix, gradient) / self.substeps
+                    self._move(moved)
+                    matrix = matrix + _numpy(here.slopes @ moved)
         else:
-            for _ in range(self.substeps):
-                gradient = self._gradient()[1]
-                if self.rho:
-                    gradient = self._gradient_at(self.rho * _unit(gradient))
-                self._move(-self.lr / self.substeps * gradient)
+            with self._evaluating():
+                for _ in range(parts):
+                    gradient = self._gradient()[1]
+                    if self.rho:
+                        gradient = self._gradient_at(self.rho * _unit(gradient))
+                    self._move(-self.lr / self.substeps * gradient)
 
     # ------------------------------------------------------------------ the equation
 
@@ -517,41 +524,58 @@ class CentralFlow:
         where = self._objective.flatten([p.detach() for p in self.params])
         if self._here is not None and torch.equal(where, self._here.where):
             return self._here
-        wide = min(self.k + GUARDS, len(where))
-        if self._block is None:
-            self._block = self._hessian.top(wide, TOL, self.seed).vectors
-        pairs = self._hessian.top(self.k, TOL, self.seed, start=self._block)
-        if pairs.block.shape[1] >= wide:
-            self._block = pairs.block[:, :wide]
-        loss, gradient = self._gradient()
         k = self.k
-        slopes = where.new_zeros(k, k, len(where))
-        if self.bounce:
-            slopes = _slopes(self._objective, pairs.vectors)
+        with self._evaluating():
+            loss, graph = self._objective.differentiate(self._closure, create_graph=True)
+            gradient = self._objective.flatten([None if g is None else g.detach() for g in graph])
+            values, vectors = self._top(graph)
+            slopes = where.new_zeros(k, k, len(where))
+            if self.bounce:
+                slopes = _slopes(self._objective, graph, vectors)
         flat = slopes.reshape(k * k, -1)
-        here = _Here(
-            where,
-            loss,
-            gradient,
-            pairs.vectors,
-            np.diag(pairs.values.numpy()),
-            slopes,
-            inner(flat, flat).numpy().reshape(k, k, k, k),
-        )
+        gram = inner(flat, flat).numpy().reshape(k, k, k, k)
+        here = _Here(where, loss, gradient, vectors, np.diag(values), slopes, gram)
         if self.bounce:
-            # the basis has turned: what was known of X is carried into the new one
-            if self._here is not None:
-                turn = _numpy(here.vectors.T @ self._here.vectors)
+            if self._here is not None:  # what was known of X, in the new basis
+                turn = _numpy(vectors.T @ self._here.vectors)
                 self._covariance = turn @ self._covariance @ turn.T
             self._covariance = self._bounce(here, here.matrix, gradient)
         self._here = here
         return here
 
+    def _top(self, graph: Gradient) -> tuple[Matrix, Tensor]:
+        """The k largest eigenvalues and their vectors (P, k), from those of the look before."""
+
+        def apply(rows: Tensor) -> Tensor:
+            self.hvps += len(rows)
+            pieces = map(self._objective.unflatten, rows)
+            products = [_along(self._objective, graph, row) for row in pieces]
+            return torch.stack([self._objective.flatten(product) for product in products])
+
+        def draw(m: int) -> Tensor:
+            drawn = torch.randn(m, self._objective.size, generator=generator, dtype=torch.float64)
+            return drawn.to(self.params[0])
+
+        generator = torch.Generator().manual_seed(self.seed)
+        wide = min(self.k + GUARDS, self._objective.size)
+        found = None
+        if self._block is not None:
+            found = lobpcg(apply, draw, self._block, self.k, TOL, MOST_HVPS)
+        if found is None or not found.converged:
+            found = lanczos_top(apply, draw, wide, TOL, MOST_HVPS)
+        self._block = found.rows[:wide]
+        return found.values[: self.k].numpy(), found.rows[: self.k].T
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Around several evaluations: entering is dear beside the gradient of a small network."""
+        with self._objective.undisturbed() as batches:
+            ((_, self._closure),) = batches
+            yield
+
     def _gradient(self) -> tuple[float, Tensor]:
         """Loss and gradient at the current parameters."""
-        with self._objective.undisturbed() as batches:
-            (_, closure), *_ = batches
-            loss, pieces = self._objective.differentiate(closure)
+        loss, pieces = self._objective.differentiate(self._closure)
         return loss, self._objective.flatten(pieces)
 
     def _gradient_at(self, displacement: Tensor) -> Tensor:
@@ -574,7 +598,8 @@ class CentralFlow:
 def _force(here: _Here, x: Matrix) -> Tensor:
     """Half the gradient of <U' H U, X>, (P,)."""
     weights = torch.from_numpy(x).to(here.slopes)
-    return 0.5 * torch.tensordot(weights, here.slopes, 2)
+    force: Tensor = 0.5 * torch.tensordot(weights, here.slopes, 2)
+    return force
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -632,7 +657,8 @@ def bounce(path: Tensor, basis: Tensor) -> Tensor:
             "path must be (T, P) and basis (P, m); "
             f"got {tuple(path.shape)} and {tuple(basis.shape)}"
         )
-    return torch.linalg.vector_norm((before - 2 * here + after) / 4 @ basis, dim=1)
+    swing = (before - 2 * here + after) / 4 @ basis
+    return swing.norm(dim=1)
 
 
 def _neighbours(path: Tensor) -> tuple[Tensor, Tensor, Tensor]:
