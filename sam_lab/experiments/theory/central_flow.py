@@ -1,0 +1,397 @@
+r"""Does a smooth flow say where SAM goes?
+
+SAM on a whole data set soon bounces between the walls of its steepest valley. `sam_lab.flows` has a
+differential equation for the centre of the bounce. It knows nothing of the run but the initial
+weights, the learning rate and the radius. Three paths start from the same weights:
+
+1. SAM itself, full batch, and its centre (w[t-1] + 2 w[t] + w[t+1]) / 4;
+2. the central flow of SAM (`flows.CentralFlow`), which predicts the centre, the size of the bounce
+   and the loss averaged over the walls;
+3. the same equation without the bounce, the control: what the bounce does is its difference.
+
+With the radius 0 they are gradient descent, the central flow of Cohen et al. 2024
+(arXiv:2410.24206), and gradient flow: the calibration against what is known.
+
+Four networks, each with its learning rates and radii crossed; data, activation and depth are
+combined so that each value of one meets both values of the other two (half of a full cross). The
+loss is half the sum over classes of (logit - one-hot)^2, mean over examples, as in Cohen et al.
+2021; the mean image is taken off. All is in float64. The criteria on distances (three times nearer)
+and on the bounce (10%, after 50 steps) were set before the first run; learning rates and radii were
+chosen by looking at the sharpness of SAM's path alone, so that it bounces within the horizon and
+starts below 2/lr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sam_lab import data, flows, models
+from sam_lab.curvature import Hessian
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Claim, NotApplicable, Source, claim
+from sam_lab.experiments.lab.experiment import Cell, Experiment
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
+from sam_lab.experiments.lab.statistics import farthest_from_one
+from sam_lab.objective import Closure
+from sam_lab.sam import SAM
+
+__all__ = ["Config", "Network", "nearer", "problem", "settled"]
+
+SPACE = 3  # top eigenvectors in whose span the bounce is measured
+SETTLED = 50  # steps after which the bounce is compared: it needs some to begin
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what trains it.
+
+    Attributes:
+        data: the data set.
+        activation: with three derivatives.
+        depth: hidden layers.
+        lrs, rhos: all crossed; a radius of 0 is gradient descent.
+        begin: the step of SAM from whose centre the flows set out; 0 is the initial weights.
+        k: directions that may bounce in the flow.
+    """
+
+    data: str
+    activation: str
+    depth: int
+    lrs: tuple[float, ...]
+    rhos: tuple[float, ...]
+    begin: int = 0
+    k: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run.
+
+    Attributes:
+        networks: see `Network`.
+        images: the (one) batch.
+        width: of the hidden layers.
+        steps: of SAM, to the last measurement.
+        every: steps from one measurement to the next.
+        substeps: Euler steps of the flow a step of SAM.
+        stride: steps of SAM that the flow takes with one look at the curvature; divides `every`.
+    """
+
+    networks: tuple[Network, ...]
+    images: int = 200
+    width: int = 16
+    steps: int = 240
+    every: int = 20
+    substeps: int = 2
+    stride: int = 2
+
+
+RHOS = (0.1, 0.2)
+LAPTOP = Config(
+    (
+        Network("digits", "tanh", 2, (0.15, 0.3), RHOS),
+        Network("digits", "gelu", 3, (0.15, 0.3), RHOS),
+        Network("mnist_5k", "tanh", 3, (0.08, 0.16), RHOS),
+        Network("mnist_5k", "gelu", 2, (0.15, 0.3), RHOS),
+        # the two whose sharpness begins below the edge of gradient descent and comes to it in time
+        Network("digits", "gelu", 3, (0.5,), (0.0,)),
+        Network("mnist_5k", "gelu", 2, (0.35,), (0.0,)),
+        # how much of the flow's error is the onset of the bounce, and how much its one direction
+        Network("digits", "gelu", 3, (0.15,), (0.2,), begin=80),
+        Network("digits", "gelu", 3, (0.15,), (0.2,), k=1),
+    )
+)
+# More images, wider networks, a longer time, and as fine as the original: one look a step.
+DESKTOP = replace(LAPTOP, images=500, width=32, steps=600, substeps=4, stride=1)
+PAPER = replace(DESKTOP, images=1000, width=100, steps=2000, every=50)
+
+
+def settings(config: Config) -> list[Setting]:
+    """Every network with every learning rate and radius of its own."""
+    return [
+        {
+            "data": network.data,
+            "activation": network.activation,
+            "depth": network.depth,
+            "lr": lr,
+            "rho": rho,
+            "begin": network.begin,
+            "k": network.k,
+        }
+        for network in config.networks
+        for lr in network.lrs
+        for rho in network.rhos
+    ]
+
+
+def problem(config: Config, cell: Cell) -> tuple[nn.Module, Closure]:
+    """The network, initialised from the cell's seed, and its loss over the whole data."""
+    images = data.load(
+        cell["data"],
+        train=config.images,
+        seed=cell.seed,
+        device=cell.device,
+        dtype=torch.float64,
+    )
+    x = images.x.flatten(1)
+    x = x - x.mean(0)
+    target = data.one_hot(images.y, images.classes).to(x)
+    model = models.mlp(
+        (x.shape[1], *[config.width] * cell["depth"], images.classes),
+        cell["activation"],
+        init="glorot",
+        seed=cell.seed,
+        device=cell.device,
+        dtype=torch.float64,
+    )
+    return model, lambda: (model(x) - target).square().sum(1).mean() / 2
+
+
+def run(config: Config, cell: Cell) -> Columns:
+    """SAM, its central flow, and the flow without the bounce.
+
+    Columns, all at the steps in ``step``: of SAM's centre ``sharpness`` and ``second`` (the two
+    largest eigenvalues), ``centre_loss`` and ``moved`` (its distance from the start); of SAM
+    ``loss``, averaged as the centre is, and ``bounce``, in the space of the centre's top three
+    eigenvectors; of the central flow ``central_sharpness``, ``central_second``, ``central_loss``
+    (at its own centre), ``central_mean_loss``, ``central_bounce`` and ``central_distance`` (from
+    SAM's centre); of the flow without bounce ``plain_sharpness``, ``plain_loss``,
+    ``plain_distance``.
+
+    Raises:
+        ValueError: the sharpness comes to 2 / lr, where SAM's flow ends.
+        FloatingPointError: a path has diverged.
+    """
+    lr, rho, begin = cell["lr"], cell["rho"], cell["begin"]
+    model, closure = problem(config, cell)
+    path, losses = _descend(model, closure, lr, rho, config.steps)
+    centres = flows.averaged(path)
+    mean_losses = flows.averaged(losses)
+    start = centres[begin - 1] if begin else path[0]
+    (central_model, central), (plain_model, plain) = (
+        _flow(config, cell, start, bounce) for bounce in (True, False)
+    )
+    centre_hessian = Hessian(closure, model.parameters())
+    rows, block = Rows(), None
+    for step in range(begin + config.every, config.steps + 1, config.every):
+        for _ in range(config.every // config.stride):
+            central.step(config.stride)
+            plain.step(config.stride)
+        centre = centres[step - 1]
+        nn.utils.vector_to_parameters(centre, model.parameters())
+        pairs = centre_hessian.top(SPACE, start=block)
+        block = pairs.block
+        predicted, control = central.read(), plain.read()
+        rows.add(
+            step=step,
+            sharpness=float(pairs.values[0]),
+            second=float(pairs.values[1]),
+            centre_loss=centre_hessian.loss(),
+            moved=float((centre - path[0]).norm()),
+            loss=float(mean_losses[step - 1]),
+            bounce=float(flows.bounce(path[step - 1 : step + 2], pairs.vectors)),
+            central_sharpness=predicted.sharpness,
+            central_second=float(predicted.values[-1]),
+            central_loss=predicted.loss,
+            central_mean_loss=predicted.mean_loss,
+            central_bounce=predicted.bounce,
+            central_distance=_distance(central_model, centre),
+            plain_sharpness=control.sharpness,
+            plain_loss=control.loss,
+            plain_distance=_distance(plain_model, centre),
+        )
+        cell.tick(step, config.steps)
+    return rows.columns
+
+
+def _flow(
+    config: Config, cell: Cell, start: Tensor, bounce: bool
+) -> tuple[nn.Module, flows.CentralFlow]:
+    """A flow from these weights, and the model that it moves."""
+    model, closure = problem(config, cell)
+    nn.utils.vector_to_parameters(start, model.parameters())
+    flow = flows.CentralFlow(
+        closure,
+        model.parameters(),
+        cell["lr"],
+        cell["rho"],
+        bounce=bounce,
+        k=cell["k"],
+        substeps=config.substeps,
+    )
+    return model, flow
+
+
+def _descend(
+    model: nn.Module, closure: Closure, lr: float, rho: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """SAM's weights (steps + 2, P) and its losses there; one step more, for the last centre."""
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=lr), rho, model)
+    path, losses = [], []
+    for step in range(steps + 2):
+        path.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        losses.append(closure().detach())
+        if step <= steps:
+            sam.step(closure)
+    return torch.stack(path), torch.stack(losses)
+
+
+def _distance(model: nn.Module, centre: Tensor) -> float:
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+    return float((weights - centre).norm())
+
+
+# --- what a run says -----------------------------------------------------------------------------
+
+
+def perturbed(runs: SeedRuns) -> list[Run]:
+    """The runs of SAM."""
+    return _some([run for run in runs.runs if run.settings["rho"]], "SAM")
+
+
+def descents(runs: SeedRuns) -> list[Run]:
+    """The runs of gradient descent."""
+    return _some([run for run in runs.runs if not run.settings["rho"]], "gradient descent")
+
+
+def _some(found: list[Run], of: str) -> list[Run]:
+    if not found:
+        raise NotApplicable(f"no run of {of} is among these")
+    return found
+
+
+def nearer(run: Run) -> float:
+    """How many times as far from the centre the flow without the bounce ends as the central one."""
+    return float(run["plain_distance"][-1] / run["central_distance"][-1])
+
+
+def settled(run: Run) -> np.ndarray:
+    """Measured over predicted bounce, at the measurements more than `SETTLED` steps after the flow
+    began to bounce; empty where there are none."""
+    predicted, step = run["central_bounce"], run["step"]
+    if not predicted.any():
+        return np.array([])
+    late = step > step[np.flatnonzero(predicted)[0]] + SETTLED
+    found: np.ndarray = run["bounce"][late] / predicted[late]
+    return found
+
+
+def _settled(runs: Iterable[Run]) -> list[np.ndarray]:
+    found = [ratios for ratios in map(settled, runs) if len(ratios)]
+    if not found:
+        raise NotApplicable("the flow does not bounce for long enough")
+    return found
+
+
+def at_end(run: Run, name: str, other: str) -> float:
+    """The quotient of two columns at the last measurement."""
+    return float(run[name][-1] / run[other][-1])
+
+
+# --- what the runs decide ------------------------------------------------------------------------
+
+COHEN = Source("Cohen, Damian et al. 2024", "after")
+
+
+@claim(OURS, low=3.0, domain="positive", headline=True)
+def sam_follows_its_central_flow(runs: SeedRuns) -> float:
+    """The centre of SAM's path stays at least three times nearer to SAM's central flow than to the
+    same flow without the bounce: quotient of the two distances after all steps, at the setting
+    where it is smallest"""
+    return min(nearer(run) for run in perturbed(runs))
+
+
+@claim(OURS, 0.9, 1.1, domain="positive", headline=True)
+def bounce_is_predicted(runs: SeedRuns) -> float:
+    """SAM's central flow predicts the size of SAM's bounce within 10%, once it has bounced for 50
+    steps: measured over predicted size in the space of the top three eigenvectors, at the setting
+    and the step where it is farthest from 1"""
+    return farthest_from_one(ratio for ratios in _settled(perturbed(runs)) for ratio in ratios)
+
+
+@claim(OURS, 0.9, 1.1, domain="positive")
+def bounce_is_predicted_on_the_whole(runs: SeedRuns) -> float:
+    """SAM's central flow predicts the size of SAM's bounce within 10% for most of the time, once it
+    has bounced for 50 steps: measured over predicted size in the space of the top three
+    eigenvectors, median over steps, at the setting where it is farthest from 1"""
+    return farthest_from_one(float(np.median(each)) for each in _settled(perturbed(runs)))
+
+
+@claim(OURS, 0.9, 1.1, domain="positive")
+def sharpness_is_predicted(runs: SeedRuns) -> float:
+    """SAM's central flow predicts the sharpness of SAM's averaged weights within 10%: measured over
+    predicted after all steps, at the setting where it is farthest from 1"""
+    return farthest_from_one(
+        at_end(run, "sharpness", "central_sharpness") for run in perturbed(runs)
+    )
+
+
+@claim(CONTROL, low=1.1, domain="positive", headline=True)
+def flow_without_bounce_is_sharper(runs: SeedRuns) -> float:
+    """Without the bounce the same flow ends sharper than SAM's averaged weights, after as many
+    steps: quotient of the two, at the setting where it is smallest"""
+    return min(at_end(run, "plain_sharpness", "sharpness") for run in perturbed(runs))
+
+
+@claim(OURS, 0.95, 1.05, domain="positive")
+def loss_is_predicted(runs: SeedRuns) -> float:
+    """The loss at SAM's iterate, averaged over the walls, is within 5% of what its central flow
+    predicts, the loss at the flow's centre and half the trace of H X: quotient after all steps, at
+    the setting where it is farthest from 1"""
+    return farthest_from_one(at_end(run, "loss", "central_mean_loss") for run in perturbed(runs))
+
+
+@claim(COHEN, low=3.0, domain="positive")
+def descent_follows_its_central_flow(runs: SeedRuns) -> float:
+    """The centre of gradient descent's path stays at least three times nearer to its central flow
+    than to gradient flow: quotient of the two distances after all steps, at the setting where it is
+    smallest"""
+    return min(nearer(run) for run in descents(runs))
+
+
+@claim(COHEN, 0.9, 1.1, domain="positive")
+def descents_sharpness_is_predicted(runs: SeedRuns) -> float:
+    """The central flow of gradient descent predicts the sharpness of gradient descent's averaged
+    weights within 10%: measured over predicted after all steps, at the setting where it is farthest
+    from 1"""
+    return farthest_from_one(
+        at_end(run, "sharpness", "central_sharpness") for run in descents(runs)
+    )
+
+
+def _by_activation(one: Claim) -> list[Claim]:
+    """The claim on the networks of each activation."""
+    return [
+        replace(one, headline=False).under(
+            activation, f"With {name} networks: ", activation=activation
+        )
+        for activation, name in (("tanh", "tanh"), ("gelu", "GELU"))
+    ]
+
+
+CLAIMS = [
+    sam_follows_its_central_flow,
+    *_by_activation(sam_follows_its_central_flow),
+    bounce_is_predicted,
+    *_by_activation(bounce_is_predicted),
+    bounce_is_predicted_on_the_whole,
+    sharpness_is_predicted,
+    loss_is_predicted,
+    flow_without_bounce_is_sharper,
+    descent_follows_its_central_flow,
+    descents_sharpness_is_predicted,
+]
+
+EXPERIMENT = Experiment(
+    name="central_flow",
+    title="A differential equation for the centre of SAM's bounce, against SAM",
+    source="derived here, after Cohen, Damian et al. 2024 (arXiv:2410.24206)",
+    presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
+    settings=settings,
+    run=run,
+    claims=CLAIMS,
+)
