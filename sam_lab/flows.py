@@ -657,8 +657,8 @@ def bounce(path: Tensor, basis: Tensor) -> Tensor:
             "path must be (T, P) and basis (P, m); "
             f"got {tuple(path.shape)} and {tuple(basis.shape)}"
         )
-    swing = (before - 2 * here + after) / 4 @ basis
-    return swing.norm(dim=1)
+    swing: Tensor = (before - 2 * here + after) / 4 @ basis
+    return swing.square().sum(1).sqrt()
 
 
 def _neighbours(path: Tensor) -> tuple[Tensor, Tensor, Tensor]:
