@@ -456,7 +456,7 @@ def small_rate_law_is_too_slow(runs: SeedRuns) -> float:
     return min(ratios)
 
 
-@claim(CONTROL, high=0.01, headline=True)
+@claim(CONTROL, high=0.01)
 def without_a_force_nobody_drifts(runs: SeedRuns) -> float:
     """Gradient descent, and SAM without normalisation, do not drift on the hyperbola once they have
     fitted: fall of log(u² − v²) in the last nine tenths of the steps over SAM's, the larger one"""
@@ -493,7 +493,7 @@ def tied_pairs_share_the_bounce(runs: SeedRuns) -> float:
     return _over_theory(_pairs_of(runs, "sam"))
 
 
-@claim(WEN, low=0.3, headline=True)
+@claim(WEN, low=0.3)
 def single_examples_flatten_all(runs: SeedRuns) -> float:
     """SAM on single examples, and label noise, flatten all three pairs at once: fall of
     log(u² − v²) of the flattest pair over that of the sharpest, the smaller of the two"""
