@@ -39,7 +39,19 @@ from sam_lab.experiments.lab.statistics import farthest_from_one
 from sam_lab.objective import Closure
 from sam_lab.sam import SAM
 
-__all__ = ["Config", "Network", "nearer", "problem", "settled"]
+__all__ = [
+    "Config",
+    "Network",
+    "at_end",
+    "bouncing",
+    "descents",
+    "nearer",
+    "onset",
+    "perturbed",
+    "problem",
+    "settled",
+    "varied",
+]
 
 SPACE = 3  # top eigenvectors in whose span the bounce is measured
 SETTLED = 50  # steps after which the bounce is compared: it needs some to begin
@@ -107,7 +119,7 @@ LAPTOP = Config(
 )
 # More images, wider networks, a longer time, and as fine as the original: one look a step.
 DESKTOP = replace(LAPTOP, images=500, width=32, steps=600, substeps=4, stride=1)
-PAPER = replace(DESKTOP, images=1000, width=100, steps=2000, every=50)
+PAPER = replace(DESKTOP, images=1000, width=100, steps=2000, every=40)
 
 
 def settings(config: Config) -> list[Setting]:
@@ -249,13 +261,23 @@ def _distance(model: nn.Module, centre: Tensor) -> float:
 
 
 def perturbed(runs: SeedRuns) -> list[Run]:
-    """The runs of SAM."""
-    return _some([run for run in runs.runs if run.settings["rho"]], "SAM")
+    """The runs of SAM whose flows set out from the initial weights, with a bounce in several
+    directions."""
+    plain = [run for run in runs.runs if not run.settings["begin"] and run.settings["k"] > 1]
+    return _some([run for run in plain if run.settings["rho"]], "SAM")
 
 
 def descents(runs: SeedRuns) -> list[Run]:
     """The runs of gradient descent."""
     return _some([run for run in runs.runs if not run.settings["rho"]], "gradient descent")
+
+
+def varied(runs: SeedRuns) -> tuple[Run, Run, Run]:
+    """Three runs of one setting of SAM: with the flow from the initial weights; from a later
+    centre; and from the initial weights with a bounce in one direction alone."""
+    (later,) = _some([run for run in runs.runs if run.settings["begin"]], "a later start")
+    same = {**later.settings, "begin": 0}
+    return runs.one(**same), later, runs.one(**{**same, "k": 1})
 
 
 def _some(found: list[Run], of: str) -> list[Run]:
@@ -269,19 +291,33 @@ def nearer(run: Run) -> float:
     return float(run["plain_distance"][-1] / run["central_distance"][-1])
 
 
-def settled(run: Run) -> np.ndarray:
-    """Measured over predicted bounce, at the measurements more than `SETTLED` steps after the flow
-    began to bounce; empty where there are none."""
+def settled(run: Run, name: str = "bounce") -> np.ndarray:
+    """Measured over predicted bounce, at the measurements that come `SETTLED` steps or more after
+    the first at which the flow bounces; empty where there are none."""
     predicted, step = run["central_bounce"], run["step"]
     if not predicted.any():
         return np.array([])
-    late = step > step[np.flatnonzero(predicted)[0]] + SETTLED
-    found: np.ndarray = run["bounce"][late] / predicted[late]
+    late = step >= step[np.flatnonzero(predicted)[0]] + SETTLED
+    found: np.ndarray = run[name][late] / predicted[late]
     return found
 
 
-def _settled(runs: Iterable[Run]) -> list[np.ndarray]:
-    found = [ratios for ratios in map(settled, runs) if len(ratios)]
+def onset(run: Run) -> float:
+    """The step of the first measurement at which SAM bounces, at least half as widely as the flow;
+    infinite if there is none."""
+    predicted = run["central_bounce"]
+    there = (predicted > 0) & (run["whole_bounce"] >= predicted / 2)
+    return float(run["step"][np.argmax(there)]) if there.any() else np.inf
+
+
+def bouncing(runs: SeedRuns) -> list[Run]:
+    """The runs of SAM in which it has bounced for `SETTLED` steps or more at the end."""
+    found = [run for run in perturbed(runs) if run["step"][-1] - onset(run) >= SETTLED]
+    return _some(found, "SAM that bounces for long enough")
+
+
+def _settled(runs: Iterable[Run], name: str = "bounce") -> list[np.ndarray]:
+    found = [ratios for ratios in (settled(run, name) for run in runs) if len(ratios)]
     if not found:
         raise NotApplicable("the flow does not bounce for long enough")
     return found
@@ -305,6 +341,29 @@ def sam_follows_its_central_flow(runs: SeedRuns) -> float:
     return min(nearer(run) for run in perturbed(runs))
 
 
+@claim(OURS, low=3.0, domain="positive", set_after=True, headline=True)
+def sam_follows_its_central_flow_once_it_bounces(runs: SeedRuns) -> float:
+    """Where SAM has bounced for 50 steps or more at the end, the centre of its path is at least
+    three times nearer to SAM's central flow than to the same flow without the bounce: quotient of
+    the two distances after all steps, at the setting where it is smallest"""
+    return min(nearer(run) for run in bouncing(runs))
+
+
+@claim(OURS, low=20.0, unit="steps", set_after=True)
+def bounce_begins_late(runs: SeedRuns) -> float:
+    """SAM begins to bounce later than its central flow, since a deviation of nearly zero must grow
+    first: steps between the two, at the setting where they are most; where SAM has not begun, those
+    to the end"""
+    delays = []
+    for run in perturbed(runs):
+        if run["central_bounce"].any():
+            begins = float(run["step"][np.flatnonzero(run["central_bounce"])[0]])
+            delays.append(min(onset(run), float(run["step"][-1])) - begins)
+    if not delays:
+        raise NotApplicable("the flow does not bounce")
+    return max(delays)
+
+
 @claim(OURS, 0.9, 1.1, domain="positive", headline=True)
 def bounce_is_predicted(runs: SeedRuns) -> float:
     """SAM's central flow predicts the size of SAM's bounce within 10%, once it has bounced for 50
@@ -319,6 +378,15 @@ def bounce_is_predicted_on_the_whole(runs: SeedRuns) -> float:
     has bounced for 50 steps: measured over predicted size in the space of the top three
     eigenvectors, median over steps, at the setting where it is farthest from 1"""
     return farthest_from_one(float(np.median(each)) for each in _settled(perturbed(runs)))
+
+
+@claim(OURS, 0.9, 1.1, domain="positive", set_after=True)
+def bounce_in_all_directions_is_predicted(runs: SeedRuns) -> float:
+    """SAM's central flow predicts the size of SAM's bounce in all directions within 10% for most of
+    the time, once it has bounced for 50 steps: measured over predicted size, median over steps, at
+    the setting where it is farthest from 1"""
+    found = _settled(perturbed(runs), "whole_bounce")
+    return farthest_from_one(float(np.median(each)) for each in found)
 
 
 @claim(OURS, 0.9, 1.1, domain="positive")
@@ -343,6 +411,22 @@ def loss_is_predicted(runs: SeedRuns) -> float:
     predicts, the loss at the flow's centre and half the trace of H X: quotient after all steps, at
     the setting where it is farthest from 1"""
     return farthest_from_one(at_end(run, "loss", "central_mean_loss") for run in perturbed(runs))
+
+
+@claim(OURS, low=3.0, domain="positive")
+def flow_from_a_later_centre_is_followed(runs: SeedRuns) -> float:
+    """Where the flows set out from SAM's centre after 80 steps, when it bounces, the centre of
+    SAM's path ends at least three times nearer to SAM's central flow than to the same flow without
+    the bounce: quotient of the two distances, GELU network on digits"""
+    return nearer(varied(runs)[1])
+
+
+@claim(OURS, high=1.0, domain="positive")
+def matrix_is_nearer_than_one_direction(runs: SeedRuns) -> float:
+    """SAM's central flow with a bounce in two directions ends nearer to the centre of SAM's path
+    than the flow with a bounce in one: quotient of the two distances, GELU network on digits"""
+    both, _, one = varied(runs)
+    return float(both["central_distance"][-1] / one["central_distance"][-1])
 
 
 @claim(COHEN, low=3.0, domain="positive")
@@ -376,12 +460,17 @@ def _by_activation(one: Claim) -> list[Claim]:
 CLAIMS = [
     sam_follows_its_central_flow,
     *_by_activation(sam_follows_its_central_flow),
+    sam_follows_its_central_flow_once_it_bounces,
+    bounce_begins_late,
     bounce_is_predicted,
     *_by_activation(bounce_is_predicted),
     bounce_is_predicted_on_the_whole,
+    bounce_in_all_directions_is_predicted,
     sharpness_is_predicted,
     loss_is_predicted,
     flow_without_bounce_is_sharper,
+    flow_from_a_later_centre_is_followed,
+    matrix_is_nearer_than_one_direction,
     descent_follows_its_central_flow,
     descents_sharpness_is_predicted,
 ]

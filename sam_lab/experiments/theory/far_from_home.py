@@ -12,8 +12,9 @@ and the radius where the largest eigenvalue ends. Here a GELU network on digits 
 whole data set, and its sharpness is held against that edge; gradient descent with the same learning
 rate, which stays below 2/lr, is the control: the edge is not where the sharpness would go anyway.
 
-The criteria were set before the first run. The learning rate was chosen by looking at gradient
-descent's sharpness, so that its control stays below 2/lr in the time.
+The criteria were set before the first run, but for the one of 10%. That run had the learning rate
+0.3 and 600 steps, in which gradient descent came to 2/lr itself in most seeds, so that it was no
+control. The learning rate was then lowered, and the time lengthened.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Config:
     images: int = 200
     hidden: tuple[int, ...] = (16, 16, 16)
     activation: str = "gelu"
-    lrs: tuple[float, ...] = (0.3,)
-    rhos: tuple[float, ...] = (0.0, 0.15, 0.4)
-    steps: int = 600
+    lrs: tuple[float, ...] = (0.2,)
+    rhos: tuple[float, ...] = (0.0, 0.3, 0.8)
+    steps: int = 800
     every: int = 10
     tol: float = 1e-2
 
@@ -87,6 +88,13 @@ def run(config: Config, cell: Cell) -> Columns:
     return at_the_edge.follow(sam, closure, config.steps, config.every, config.tol, cell.tick)
 
 
+def _settles(runs: SeedRuns) -> float:
+    """Median of sharpness over SAM's edge in the second half, at the radius farthest from 1."""
+    return farthest_from_one(
+        second_half_median(at_the_edge.ratio(run)) for run in at_the_edge.perturbed(runs)
+    )
+
+
 AGARWALA = Source("Agarwala & Dauphin 2023", "after")
 
 
@@ -99,6 +107,14 @@ def unnormalised_sam_sits_at_its_edge(runs: SeedRuns) -> float:
         second_half_median(run["sharpness"] / run["sam_edge"])
         for run in at_the_edge.perturbed(runs)
     )
+
+
+@claim(AGARWALA, 0.9, 1.1, domain="positive", set_after=True)
+def unnormalised_sam_sits_near_its_edge(runs: SeedRuns) -> float:
+    """SAM with the perturbation rho g, not normalised, trains within 10% of the sharpness at which
+    lr * sharpness * (1 + rho * sharpness) = 2: median of sharpness over that edge in the second
+    half of training, at the radius where it is farthest from 1"""
+    return _settles(runs)
 
 
 @claim(AGARWALA, 0.95, 1.05, domain="positive")
@@ -143,6 +159,7 @@ EXPERIMENT = Experiment(
     run=run,
     claims=[
         unnormalised_sam_sits_at_its_edge,
+        unnormalised_sam_sits_near_its_edge,
         unnormalised_sam_stays_at_its_edge,
         descent_stays_below_its_edge,
         descent_goes_beyond_sams_edge,
