@@ -36,7 +36,7 @@ def test_the_gradient_is_that_of_the_loss():
 def test_the_sharpness_is_the_top_eigenvalue_of_the_hessian_at_the_minimum():
     q = np.array([3.0, 1.0])
     w = torch.tensor(hyperbola.at(q))
-    hessian = torch.func.hessian(loss_of)(w).reshape(4, 4)
+    hessian = torch.autograd.functional.hessian(loss_of, w).reshape(4, 4)
     values = torch.linalg.eigvalsh(hessian).numpy()
     assert values[-2:] == pytest.approx(np.sort(hyperbola.sharpness(q)) / 2)
     assert values[:2] == pytest.approx(0, abs=1e-12)

@@ -61,7 +61,8 @@ def at(q: Floats | float, residual: Floats | float = 0.0) -> Floats:
     """Weights (..., 2, n) with u² - v² = q (..., n) and uv = 1 + residual, u and v positive."""
     q = np.atleast_1d(np.asarray(q, dtype=float))
     s = np.hypot(q, 2 * (1 + np.asarray(residual)))
-    return np.sqrt(np.stack([(s + q) / 2, (s - q) / 2], axis=-2))
+    w: Floats = np.sqrt(np.stack([(s + q) / 2, (s - q) / 2], axis=-2))
+    return w
 
 
 def place(w: Floats) -> Floats:
