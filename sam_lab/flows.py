@@ -43,6 +43,7 @@ the bounce: there the flow is wrong for some steps.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sam_lab._checks import check_integer, check_nonnegative, check_positive
+from sam_lab.curvature import ConvergenceWarning
 from sam_lab.eigensolvers import inner, lanczos_top, lobpcg
 from sam_lab.objective import Closure, Gradient, Objective
 from sam_lab.stability import gd_edge
@@ -359,10 +361,13 @@ class _Here:
 
 
 class CentralFlow:
-    """The centre of gradient descent's path, or of SAM's, as a differential equation.
+    r"""The centre of gradient descent's path, or of SAM's, as a differential equation.
 
     Moves the parameters in place, as an optimizer does: `step` by the time of one optimizer step.
-    Formulas: see the module. Full batch; the loss must have three derivatives (ReLU has not).
+    Formulas: see the module. Full batch; the loss must have three derivatives (ReLU has not). From
+    SAM's or gradient descent's own start the flow bounces at once where the optimizer needs tens or
+    hundreds of steps for it, since its deviation along the top eigenvector must grow from next to
+    nothing: compare from where the optimizer bounces.
 
     Args:
         closure: evaluates the loss at the current parameters, as for `curvature.Hessian`.
@@ -370,16 +375,16 @@ class CentralFlow:
         lr: learning rate of the optimizer.
         rho: radius of SAM's perturbation; 0 is gradient descent.
         bounce: False leaves the bounce out (X = 0): gradient flow, or, with rho,
-            $\\dot c = -\\eta \\nabla L(c + \\rho g / |g|)$. The control.
+            $\dot c = -\eta \nabla L(c + \rho g / |g|)$. The control.
         k: how many top directions may bounce, at most 3.
         substeps: Euler steps an optimizer step.
         model: the module that the closure evaluates, as for `curvature.Hessian`.
         seed: of the random start of the first search for eigenvectors.
 
-    Top vectors and third derivatives are found once a step (LOBPCG from those of the step before)
-    and held during its substeps, in which the Hessian in the top space is carried along to first
-    order. A step costs `2 * substeps` gradients (`substeps` with rho = 0); with a bounce k + 2
-    HVPs and more where the vectors turn fast, and what `slopes` costs.
+    Top vectors and third derivatives are found once a call of `step` (LOBPCG from those of the call
+    before) and held during its substeps, in which the Hessian in the top space is carried along to
+    first order. A step costs `2 * substeps` gradients (`substeps` with rho = 0); with a bounce
+    k + 1 HVPs, more where the vectors turn fast, and what `slopes` costs.
 
     Attributes:
         hvps: Hessian-vector products so far, those of `slopes` apart.
@@ -390,7 +395,7 @@ class CentralFlow:
     Example:
         >>> w = torch.tensor([2.0, 0.5], dtype=torch.float64, requires_grad=True)
         >>> flow = CentralFlow(lambda: 0.5 * (w[0] * w[1] - 1) ** 2, [w], lr=0.1, rho=0.1)
-        >>> round(flow.step().bounce, 4)  # lr rho S / (2 - lr S) with S = 4.25
+        >>> round(flow.read().bounce, 4)  # lr rho S / (2 - lr S) with S = 4.25
         0.027
     """
 
@@ -443,8 +448,8 @@ class CentralFlow:
     def step(self, steps: int = 1) -> None:
         """Move by the time of so many optimizer steps.
 
-        The curvature found where it begins serves all of them: two at a time cost little more than
-        one, where the top vectors turn slowly.
+        The curvature found where they begin serves all of them: two at a time cost little more than
+        one, and are as exact where the top vectors turn slowly.
 
         Raises: as `read`.
         """
@@ -499,7 +504,7 @@ class CentralFlow:
             return np.zeros((self.k, self.k))
         top = float(np.linalg.eigvalsh(matrix)[-1])
         push = push * (1 + self.rho / norm * top) ** 2
-        if not x.any():
+        if not np.trace(x) > 0:
             x = np.zeros((self.k, self.k))
             x[0, 0] = -short / top**2
         for _ in range(1 if self.k == 1 else 2):  # its shape hangs on its size, its size on both
@@ -515,7 +520,8 @@ class CentralFlow:
         return x
 
     def _norm_at_edge(self, matrix: Matrix) -> float:
-        return norm_at_edge(self.lr, self.rho, float(np.linalg.eigvalsh(matrix)[-1]))
+        # where all curvature is negative there is no wall to bounce from: r = 0
+        return norm_at_edge(self.lr, self.rho, max(float(np.linalg.eigvalsh(matrix)[-1]), 0.0))
 
     # ------------------------------------------------------------------ the loss
 
@@ -563,6 +569,13 @@ class CentralFlow:
             found = lobpcg(apply, draw, self._block, self.k, TOL, MOST_HVPS)
         if found is None or not found.converged:
             found = lanczos_top(apply, draw, wide, TOL, MOST_HVPS)
+        if not found.converged:
+            warnings.warn(
+                f"the top eigenvectors were not found to a residual of {TOL} within {MOST_HVPS} "
+                "HVPs: the flow goes on with what there is",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
         self._block = found.rows[:wide]
         return found.values[: self.k].numpy(), found.rows[: self.k].T
 

@@ -103,6 +103,7 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
         "sam-follows-its-central-flow-tanh": 5.0,
         "sam-follows-its-central-flow-gelu": 4.0,
         "sam-follows-its-central-flow-once-it-bounces": 4.0,
+        "sam-follows-its-central-flow-on-the-whole": 20**0.5,
         "bounce-begins-late": 0.0,
         "bounce-is-predicted": 10.0,
         "bounce-is-predicted-tanh": 10.0,

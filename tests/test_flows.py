@@ -155,7 +155,7 @@ def random_program(seed, k):
     return (pull + pull.T) / 2, np.einsum("ijp,klp->ijkl", slope, slope)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([None, 0.01, 0.3, 5.0]))
 def test_the_covariance_is_complementary(seed, k, trace):
     pull, push = random_program(seed, k)
@@ -336,6 +336,13 @@ def test_without_a_bounce_sams_flow_looks_ahead():
 def test_a_large_gradient_does_not_bounce():
     w = weights(1.0, 0.0)
     flow = CentralFlow(lambda: 0.5 * w[0] ** 2 + 3 * w[1], [w], 0.5, 0.1)
+    assert flow.read().bounce == 0
+
+
+def test_where_all_curvature_is_negative_nothing_bounces():
+    w = weights(0.3, 0.1)
+    flow = CentralFlow(lambda: -w.square().sum(), [w], 0.5, 0.1)
+    flow.step()
     assert flow.read().bounce == 0
 
 
