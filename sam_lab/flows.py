@@ -75,6 +75,7 @@ Matrix = NDArray[np.float64]
 
 GUARDS = 1  # tracked beside the k directions that may bounce, so that none overtakes unseen
 TOL = 1e-2  # residual of the tracked eigenvectors, relative to the largest eigenvalue
+LARGEST = 0.1  # change of the curvature in one Euler step, relative to it
 MOST_HVPS = 200  # of one search for them
 
 
@@ -377,7 +378,8 @@ class CentralFlow:
         bounce: False leaves the bounce out (X = 0): gradient flow, or, with rho,
             $\dot c = -\eta \nabla L(c + \rho g / |g|)$. The control.
         k: how many top directions may bounce, at most 3.
-        substeps: Euler steps an optimizer step.
+        substeps: Euler steps an optimizer step; more where one would change the curvature by more
+            than a tenth, as near 2 / lr.
         model: the module that the closure evaluates, as for `curvature.Hessian`.
         seed: of the random start of the first search for eigenvectors.
 
@@ -457,14 +459,20 @@ class CentralFlow:
         if self.bounce:
             here = self._look()
             matrix, gradient = here.matrix, here.gradient
+            left = float(parts)
             with self._evaluating():
-                for part in range(parts):
-                    if part:
-                        gradient = self._gradient()[1]
-                        self._covariance = self._bounce(here, matrix, gradient)
+                while left > 0:
                     moved = self._velocity(here, matrix, gradient) / self.substeps
-                    self._move(moved)
-                    matrix = matrix + _numpy(here.slopes @ moved)
+                    change = _numpy(here.slopes @ moved)
+                    share = min(1.0, LARGEST * _size(matrix) / max(_size(change), 1e-300))
+                    self._move(share * moved)
+                    left -= share
+                    if share < 1:  # what was found no longer holds
+                        here = self._look()
+                        matrix, gradient = here.matrix, here.gradient
+                    elif left > 0:
+                        matrix, gradient = matrix + change, self._gradient()[1]
+                        self._covariance = self._bounce(here, matrix, gradient)
         else:
             with self._evaluating():
                 for _ in range(parts):
@@ -622,6 +630,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _unit(gradient: Tensor) -> Tensor:
     norm = gradient.norm()
     return gradient / norm if norm > 0 else gradient
+
+
+def _size(symmetric: Matrix) -> float:
+    """The largest modulus of an eigenvalue."""
+    return float(np.abs(np.linalg.eigvalsh(symmetric)).max())
 
 
 def _numpy(small: Tensor) -> Matrix:

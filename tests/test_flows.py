@@ -252,12 +252,8 @@ def sam_path(loss, start, lr, rho, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rho", "a", "s0", "steps"),
-    [(0.1, 0.02, 1.0, 600), (0.1, 0.02, 2.5, 600)],
-)
-def test_the_flow_ends_where_sam_does(rho, a, s0, steps):
-    lr, b = 0.5, 0.5
+def test_the_flow_ends_where_sam_does():
+    lr, rho, s0, b, a, steps = 0.5, 0.1, 2.5, 0.5, 0.02, 600
     path = sam_path(lambda w: valley(w, s0, b, a), (1e-3, 0.0), lr, rho, steps)
     ends = []
     for bounces in (True, False):
@@ -275,6 +271,17 @@ def test_the_flow_ends_where_sam_does(rho, a, s0, steps):
     assert ends[1] > 1.5 * there, "without the bounce it goes further"
     across = torch.eye(2, dtype=torch.float64)[:, :1]
     assert amplitude == pytest.approx(float(bounce(path, across)[-1]), rel=0.02)
+
+
+def test_near_two_over_lr_the_steps_are_cut():
+    ends = []
+    for substeps in (1, 32):
+        w = weights(0.0, 0.0)
+        flow = CentralFlow(lambda w=w: valley(w, 3.95, 2.0, 0.0), [w], 0.5, 0.3, substeps=substeps)
+        flow.step()
+        ends.append(float(w[1].detach()))
+    assert ends[1] < -0.6, "the curvature falls by a third in one step"
+    assert ends[0] == pytest.approx(ends[1], rel=0.2)
 
 
 def test_two_tied_valleys_share_the_bounce_so_that_they_stay_tied():

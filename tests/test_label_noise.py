@@ -51,6 +51,7 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
         "label-noise-flattens": 0.5,
         "label-noise-goes-on-flattening": 1 / 3,
         "kept-noise-stops": -0.1,
+        "kept-noise-does-not-flatten": -0.1,
         "without-noise-nothing-moves": 0.0,
     }
     cases = {name: (runs, value) for name, value in expected.items()}

@@ -6,7 +6,9 @@ arXiv:2410.24206). Were our solution of it wrong, or our measure of distance, it
 Gradient descent reaches 2/lr long before it bounces: along the top eigenvector it has come to rest,
 and has to grow again from next to nothing. In the 200 steps of `central_flow` it did not begin.
 Here it first takes 240 steps; from its centre there its flow and gradient flow set out, and are
-compared with it for 200 steps more. The criteria are those of `central_flow`.
+compared with it for 200 steps more. The criteria are those of `central_flow`. A first run had on
+mnist_5k a learning rate at which descent did not come to 2/lr in most seeds; it is larger now, and
+the claims speak of the runs that are there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ __all__ = ["at_the_edge"]
 LAPTOP = Config(
     (
         Network("digits", "gelu", 3, (0.5,), (0.0,), begin=240),
-        Network("mnist_5k", "gelu", 2, (0.35,), (0.0,), begin=240),
+        Network("mnist_5k", "gelu", 2, (0.5,), (0.0,), begin=240),
     ),
     steps=440,
 )
@@ -38,12 +40,13 @@ COHEN = Source("Cohen, Damian et al. 2024", "after")
 
 
 def at_the_edge(runs: SeedRuns) -> list[Run]:
-    """The runs whose sharpness is within a tenth of 2/lr at the end, of the flow and of descent."""
-    found = []
-    for run in runs.runs:
-        edge = 2 / run.settings["lr"]
-        if all(abs(run[name][-1] / edge - 1) < 0.1 for name in ("sharpness", "central_sharpness")):
-            found.append(run)
+    """The runs at whose end the flow bounces, and descent's sharpness is within a tenth of 2/lr."""
+    found = [
+        run
+        for run in runs.runs
+        if run["central_bounce"][-1] > 0
+        and abs(run["sharpness"][-1] * run.settings["lr"] / 2 - 1) < 0.1
+    ]
     if not found:
         raise NotApplicable("gradient descent is not at 2/lr")
     return found
@@ -82,9 +85,9 @@ def descents_bounce_is_predicted_on_average(runs: SeedRuns) -> float:
 
 @claim(CONTROL, low=1.1, domain="positive")
 def gradient_flow_is_sharper(runs: SeedRuns) -> float:
-    """Gradient flow ends sharper than gradient descent's averaged weights, after as many steps:
-    quotient of the two, at the setting where it is smallest"""
-    return min(at_end(run, "plain_sharpness", "sharpness") for run in runs.runs)
+    """Where gradient descent is at 2/lr, gradient flow ends sharper than descent's averaged
+    weights, after as many steps: quotient of the two, at the setting where it is smallest"""
+    return min(at_end(run, "plain_sharpness", "sharpness") for run in at_the_edge(runs))
 
 
 EXPERIMENT = Experiment(

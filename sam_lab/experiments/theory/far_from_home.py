@@ -98,7 +98,7 @@ def _settles(runs: SeedRuns) -> float:
 AGARWALA = Source("Agarwala & Dauphin 2023", "after")
 
 
-@claim(AGARWALA, 0.95, 1.05, domain="positive", headline=True)
+@claim(AGARWALA, 0.95, 1.05, domain="positive")
 def unnormalised_sam_sits_at_its_edge(runs: SeedRuns) -> float:
     """SAM with the perturbation rho g, not normalised, trains at the sharpness at which
     lr * sharpness * (1 + rho * sharpness) = 2: median of sharpness over that edge in the second

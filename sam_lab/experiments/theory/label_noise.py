@@ -144,6 +144,14 @@ def kept_noise_stops(runs: SeedRuns) -> float:
     return fall(runs.one(labels="kept"), since=0.5)
 
 
+@claim(CONTROL, high=0.0, set_after=True)
+def kept_noise_does_not_flatten(runs: SeedRuns) -> float:
+    """Noise on the labels that is drawn once and kept, which the network goes on fitting, does not
+    flatten in the second half of the run: share of the trace of the Hessian lost there, which is
+    below 0 where the trace rises"""
+    return fall(runs.one(labels="kept"), since=0.5)
+
+
 @claim(CONTROL, -0.02, 0.02)
 def without_noise_nothing_moves(runs: SeedRuns) -> float:
     """Without noise, gradient descent that fits its labels keeps the trace of its Hessian: share of
@@ -162,6 +170,7 @@ EXPERIMENT = Experiment(
         label_noise_flattens,
         label_noise_goes_on_flattening,
         kept_noise_stops,
+        kept_noise_does_not_flatten,
         without_noise_nothing_moves,
     ],
 )
