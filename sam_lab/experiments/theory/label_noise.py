@@ -123,7 +123,7 @@ def fall(run: Run, since: float = 0.0) -> float:
 DAMIAN = Source("Blanc et al. 2020; Damian, Ma & Lee 2021", "after")
 
 
-@claim(DAMIAN, low=0.1)
+@claim(DAMIAN, low=0.1, headline=True)
 def label_noise_flattens(runs: SeedRuns) -> float:
     """From weights that fit the labels, gradient descent with fresh noise on the labels loses at
     least a tenth of the trace of its Hessian: share of the trace lost"""
