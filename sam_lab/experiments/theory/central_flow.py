@@ -118,9 +118,19 @@ LAPTOP = Config(
         Network("digits", "gelu", 3, (0.15,), (0.2,), k=1),
     )
 )
+# The same networks with three learning rates and three radii each, for twice as long.
+WIDE = (0.05, 0.1, 0.2)
+DESKTOP = Config(
+    (
+        Network("digits", "tanh", 2, (0.1, 0.14, 0.2), WIDE),
+        Network("digits", "gelu", 3, (0.15, 0.21, 0.3), WIDE),
+        Network("mnist_5k", "tanh", 3, (0.05, 0.07, 0.1), WIDE),
+        Network("mnist_5k", "gelu", 2, (0.1, 0.14, 0.2), WIDE),
+    ),
+    steps=400,
+)
 # More images, wider networks, a longer time, and as fine as the original: one look a step.
-DESKTOP = replace(LAPTOP, images=500, width=32, steps=600, substeps=4, stride=1)
-PAPER = replace(DESKTOP, images=1000, width=100, steps=2000, every=40)
+PAPER = replace(DESKTOP, images=1000, width=100, steps=2000, every=40, substeps=4, stride=1)
 
 
 def settings(config: Config) -> list[Setting]:
