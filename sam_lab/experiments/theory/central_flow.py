@@ -18,7 +18,9 @@ larger images there is one of each. The loss is half the sum over classes of (lo
 mean over examples, as in Cohen et al. 2021; the mean image is taken off. All is in float64. The
 criteria on distances (three times nearer) and on the bounce (10%, after 50 steps) were set before
 the first run; learning rates and radii were chosen by looking at the sharpness of SAM's path, so
-that it starts below 2/lr in all seeds and bounces within the horizon.
+that it starts below 2/lr in all seeds and bounces within the horizon. Two seeds of a first grid had
+been seen whole before the learning rates of one network were lowered, since it started above 2/lr
+in another seed.
 """
 
 from __future__ import annotations
