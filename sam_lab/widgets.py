@@ -568,6 +568,7 @@ def _drawing(panel: Panel, number: int, count: int) -> tuple[str, Frame]:
     """A panel as SVG that can play, and as a picture of its last moment; its figure is closed."""
     import matplotlib
     from matplotlib.collections import Collection
+    from matplotlib.lines import Line2D
 
     for k, artist in enumerate(panel.moving):
         kind = "stack" if isinstance(artist, Collection) else "line"
@@ -577,6 +578,9 @@ def _drawing(panel: Panel, number: int, count: int) -> tuple[str, Frame]:
     settings: Any = {"path.simplify": False, "svg.hashsalt": "film", "svg.fonttype": "path"}
     ground = panel.figure.get_facecolor()
     with matplotlib.rc_context(settings):
+        for artist in panel.moving:
+            if isinstance(artist, Line2D):  # its path was made with the settings of then
+                artist.recache(always=True)
         panel.figure.savefig(raw, format="svg", facecolor=ground, metadata={"Date": None})
     svg = _clean(raw.getvalue(), number)
     for artist in panel.moving:

@@ -557,6 +557,16 @@ def test_a_film_asks_for_nothing_and_two_alike_are_the_same():
     assert len(stored_in(html)["drawings"]) == 2 and len(html) < 100_000
 
 
+def test_a_long_line_keeps_every_vertex_of_its_film():
+    """Matplotlib drops vertices of lines that it has seen at a length of 128 and more."""
+    from matplotlib import pyplot
+
+    figure, ax = pyplot.subplots()
+    (line,) = ax.plot(range(300), range(300))
+    figure.canvas.draw()
+    film([Panel(figure, [line], "A line")], range(300), label="x")
+
+
 def test_a_film_escapes_text_and_closes_its_figures():
     from matplotlib import pyplot
 
