@@ -469,6 +469,17 @@ def _cells(row: dict[str, Any]) -> str:
     )
 
 
+def check_device(result: dict[str, Any], device: str) -> None:
+    """ValueError unless the result has that device."""
+    if device not in result["devices"]:
+        raise ValueError(f"device must be one of {', '.join(result['devices'])}, got {device!r}")
+
+
+def with_quartiles(row: dict[str, Any]) -> str:
+    """What `ratios` found, as a cell of a table."""
+    return f"{row['ratio']:.2f} ({row['ratio_low']:.2f}–{row['ratio_high']:.2f})"
+
+
 def chapter_table(result: dict[str, Any], device: str = "cpu") -> Table:
     """The methods beside each other: where the result counts them, passes a step; then a pair of
     columns a network, time over SGD and memory added.
@@ -476,8 +487,7 @@ def chapter_table(result: dict[str, Any], device: str = "cpu") -> Table:
     Raises:
         ValueError: the result has no such device.
     """
-    if device not in result["devices"]:
-        raise ValueError(f"device must be one of {', '.join(result['devices'])}, got {device!r}")
+    check_device(result, device)
     steps = [r for r in result["steps"] if r["device"] == device and r["tool"] != BASE.tool]
     networks = [n for n in result["networks"] if any(r["network"] == n for r in steps)]
     counted = any("passes" in row for row in steps)
@@ -490,8 +500,7 @@ def chapter_table(result: dict[str, Any], device: str = "cpu") -> Table:
         key = (row["tool"], row["how"])
         cells = ["–", "–"]
         if not row["missing"]:
-            spread = f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}"
-            cells = [f"{row['ratio']:.2f} ({spread})", f"{row['memory']:.2f}"]
+            cells = [with_quartiles(row), f"{row['memory']:.2f}"]
         rows.setdefault(key, {})[row["network"]] = cells
         counts[key] = [f"{row['passes']:.2f}"] if row.get("passes") else ["–"] * counted
     return Table(

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Benchmark, say
-from benchmarks.sam import LR, MOMENTUM, RHO, ratios, step_seconds
+from benchmarks.sam import (
+    LR,
+    MOMENTUM,
+    RHO,
+    check_device,
+    ratios,
+    step_seconds,
+    with_quartiles,
+)
 from sam_lab import SAM, models
 from sam_lab.experiments.lab.table import Table
 from sam_lab.stack import Stack
@@ -54,7 +62,14 @@ def loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
 def one_by_one(nets: Sequence[nn.Module], rho: float, x: Tensor, y: Tensor) -> Callable[[], object]:
     """A step of every run, one after the other."""
     optimizers = [torch.optim.SGD(n.parameters(), LR, MOMENTUM, foreach=True) for n in nets]
-    sams = [SAM(o, rho, n) for o, n in zip(optimizers, nets, strict=True)]
+    if rho:
+        sams = [SAM(o, rho, n) for o, n in zip(optimizers, nets, strict=True)]
+
+        def perturbed() -> None:
+            for net, sam in zip(nets, sams, strict=True):
+                sam.step(partial(loss, net, x, y))
+
+        return perturbed
 
     def plain() -> None:
         for net, optimizer in zip(nets, optimizers, strict=True):
@@ -62,11 +77,7 @@ def one_by_one(nets: Sequence[nn.Module], rho: float, x: Tensor, y: Tensor) -> C
             loss(net, x, y).backward()
             optimizer.step()
 
-    def perturbed() -> None:
-        for net, sam in zip(nets, sams, strict=True):
-            sam.step(partial(loss, net, x, y))
-
-    return perturbed if rho else plain
+    return plain
 
 
 def measure(
@@ -124,8 +135,7 @@ def chapter_table(result: dict[str, Any], device: str = "cpu") -> Table:
     Raises:
         ValueError: the result has no such device.
     """
-    if device not in result["devices"]:
-        raise ValueError(f"device must be one of {', '.join(result['devices'])}, got {device!r}")
+    check_device(result, device)
     header = ["Network, batch"]
     rows: dict[str, list[str]] = {}
     for row in result["saved"]:
@@ -134,10 +144,7 @@ def chapter_table(result: dict[str, Any], device: str = "cpu") -> Table:
         column = f"{row['runs']} runs, {row['method']}"
         if column not in header:
             header.append(column)
-        spread = f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}"
-        rows.setdefault(f"{row['network']}, {row['batch']}", []).append(
-            f"{row['ratio']:.2f} ({spread})"
-        )
+        rows.setdefault(f"{row['network']}, {row['batch']}", []).append(with_quartiles(row))
     return Table(header, [[name, *cells] for name, cells in rows.items()])
 
 
