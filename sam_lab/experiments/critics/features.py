@@ -205,7 +205,7 @@ def pairs(
     def label(digits: Tensor) -> Tensor:
         return digits * classes(setting["case"]) // data.CLASSES
 
-    made = []
+    made: list[Pairs] = []
     for (x, y), draw in zip(hard, draws, strict=True):
         together = not made and setting["method"] != "apart"
         other = torch.randint(data.CLASSES, (len(y),), generator=generator).to(y.device)
@@ -456,7 +456,8 @@ def _closure(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 
 def _around(model: nn.Module, lr: float, setting: Setting, seed: int) -> SAM:
     """SAM around plain SGD; a group with the radius 0 is not perturbed."""
-    params, how = list(model.parameters()), {}
+    params = list(model.parameters())
+    how: dict[str, Any] = {}
     groups: list[dict[str, Any]] = [{"params": params}]
     if setting["method"] == "last":
         groups = [{"params": params[:-2], "rho": 0.0}, {"params": params[-2:]}]
@@ -469,13 +470,13 @@ def _reweighted(sam: SAM, model: nn.Module, x: Tensor, y: Tensor) -> None:
     """A step of SGD with SAM's importance weights: each example's gradient at w, times the quotient
     of its weights at w + epsilon and at w."""
     sam.optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(model(x), y).backward()
     with sam.perturbed(), torch.no_grad():
         there = importance(model(x), y)
     logits = model(x)
     here = importance(logits.detach(), y)
     quotient = there / here.clamp(min=torch.finfo(here.dtype).tiny)
-    (quotient * F.cross_entropy(logits, y, reduction="none")).mean().backward()  # type: ignore[no-untyped-call]
+    (quotient * F.cross_entropy(logits, y, reduction="none")).mean().backward()
     sam.optimizer.step()
 
 
@@ -566,7 +567,7 @@ def _change(runs: SeedRuns, name: str, over: str = "") -> float:
 def easy_part_hides_the_hard_one(runs: SeedRuns) -> float:
     """After equal epochs SGD's hidden layer tells less of the hard part than where the easy part
     tells nothing of the class: probe error of the hard part less that of the latter"""
-    return -gained(runs, "apart", end=True)
+    return gained(runs, "apart", end=True)
 
 
 @claim(SPRINGER, low=0.0, unit="points", set_after=True)
