@@ -1,10 +1,10 @@
 r"""Does SAM help a language model? A small Transformer on little text, at equal passes.
 
-Bahri, Mobahi & Tay (2022, arXiv:2110.08529) report that SAM substantially improves language models
-when they are fine-tuned, most where the training data is limited. Singh et al. (2025,
-arXiv:2502.02407) find the contrary in training from scratch: SAM often makes language models worse,
-even with twice the compute. Neither setting fits on a laptop. What does fit is the question: a
-Transformer that predicts the next character and has so little text that it overfits.
+Bahri, Mobahi & Tay (2022, arXiv:2110.08529) report that SAM substantially improves the
+generalization of language models on benchmarks such as GLUE, most where the training data is
+limited. Singh et al. (2025, arXiv:2502.02407) find the contrary: SAM often makes language models
+worse, even with twice the compute. Neither setting fits on a laptop. What does fit is the question:
+a Transformer that predicts the next character and has so little text that it overfits.
 
 Every contender may make the same number of passes, each over a fresh minibatch of windows: SAM,
 which makes two passes a step, has half of SGD's steps, but `sam_twice`, which has as many steps as
