@@ -30,7 +30,7 @@ training loss is `level` or less, so that the traces are compared at an equal tr
 test error is that on other examples; an output of 0 counts as half an error.
 
 Sizes, learning rates, radius and noise were chosen, and the criteria of the claims so marked were
-set, after runs with one draw that is none of the seeds. All in float64.
+set, after runs with a few draws that are none of the seeds. All in float64.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class Config:
     width: int = 100
     lr: float = 0.01
     lr_normed: float = 0.05
-    rho: float = 0.1
-    noise: float = 1.5
-    steps: int = 60_000
-    every: int = 10_000
+    rho: float = 0.2
+    noise: float = 2.0
+    steps: int = 20_000
+    every: int = 4000
     fit_lr: float = 0.1
     fit_lr_normed: float = 0.5
     level: float = 1e-4
@@ -91,9 +91,10 @@ class Config:
 
 
 LAPTOP = Config()
-PAPER = Config(width=500, steps=300_000, every=50_000, unseen=20_000)
+PAPER = Config(width=500, rho=0.1, noise=1.0, steps=300_000, every=30_000, unseen=20_000)
 
 FIT_STEPS = 100_000  # at most
+REST = 1e-12  # the training loss at which SGD is over: its gradient moves nothing any more
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,8 @@ def _train(config: Config, cell: Cell) -> Columns:
     """One method from its start; all measured after gradient descent to a loss of `level`.
 
     Columns, at the steps in ``step``: ``trace``, ``loss`` and ``test_error`` in % of the copy that
-    went on by gradient descent, and ``loss_before``, that of the weights themselves.
+    went on by gradient descent, and ``loss_before``, that of the weights themselves. SGD ends
+    early where that is `REST` or less.
 
     Raises:
         FloatingPointError: a run has diverged, or gradient descent has not reached `level`.
@@ -333,6 +335,8 @@ def _train(config: Config, cell: Cell) -> Columns:
                 test_error=error(net.outputs(copy, unseen), truth),
             )
             cell.tick(at, config.steps)
+            if cell["method"] == "sgd" and rows.columns["loss_before"][-1] <= REST:
+                break
         if at < config.steps:
             i = rng.integers(len(x), size=1)
             weights = step(net, weights, x[i], y[i], config, rng)
@@ -504,7 +508,7 @@ def random_labels_are_as_flat_with_bias(runs: SeedRuns) -> float:
     return _end(random, "trace") / _end(true, "trace")
 
 
-@claim(CONTROL, low=1.2, domain="positive")
+@claim(CONTROL, low=1.2, domain="positive", set_after=True)
 def random_labels_are_sharper_without_bias(runs: SeedRuns) -> float:
     """Without biases SAM leaves a fit of random labels sharper than one of the true labels: trace
     with random labels over trace with true ones"""
