@@ -47,6 +47,8 @@ Floats = NDArray[np.float64]
 METHODS = ("descent", "full_batch", "one_example")
 """No perturbation; that of the loss over all examples; for each example that of its own loss."""
 
+SMALLEST = 1e-6  # start of a replay
+
 
 @dataclass(frozen=True)
 class Config:
@@ -171,8 +173,11 @@ def trace(u: Floats, v: Floats, x: Floats) -> Floats:
 
 
 def left_of_start(u: Floats, v: Floats) -> Floats:
-    """The start of u from which gradient flow, with v = 0, would have these u² - v², (s, d)."""
-    return np.sqrt(np.abs(u * u - v * v))
+    """The start of u from which gradient flow, with v = 0, would have these u² - v², (s, d).
+
+    It is at least `SMALLEST`: a coordinate that starts at 0 stays there.
+    """
+    return np.maximum(np.sqrt(np.abs(u * u - v * v)), SMALLEST)
 
 
 def settings(config: Config) -> list[Setting]:

@@ -119,17 +119,17 @@ class Config:
     pool: int = 1
     noises: tuple[float, ...] = (0.3, 0.0)
     level: float = 0.1
-    steps: int = 2000
+    steps: int = 1000
     check: int = 20
-    lrs: tuple[float, ...] = (0.1, 0.2, 0.4)
-    batches: tuple[int, ...] = (16, 64)
+    lrs: tuple[float, ...] = (0.15, 0.3, 0.6)
+    batches: tuple[int, ...] = (32, 128)
     widths: tuple[int, ...] = (1, 3)
-    rhos: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2)
+    rhos: tuple[float, ...] = (0.0, 0.05, 0.15)
     radius: float = 0.1
     adaptive_radius: float = 0.5
     ascents: int = 10
-    probes: int = 30
-    factors: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    probes: int = 20
+    factors: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
 
 
 LAPTOP = Config(
@@ -143,6 +143,7 @@ PAPER = Config(
     examples=45_000,
     steps=100_000,
     check=500,
+    lrs=(0.05, 0.1, 0.2),
     batches=(32, 64, 128),
     widths=(1, 2, 4),
 )
