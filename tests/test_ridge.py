@@ -50,13 +50,7 @@ def test_a_step_is_that_of_the_library(small, rho):
     phi, labels = torch.tensor(small.phi), torch.tensor(y)
     sam = SAM(torch.optim.SGD([w], lr=0.2), rho, rule=perturbations.unnormalized)
 
-    def closure():
-        sam.zero_grad()
-        loss = (phi @ w - labels).square().mean() / 2
-        loss.backward()
-        return loss
-
-    sam.step(closure)
+    sam.step(lambda: (phi @ w - labels).square().mean() / 2)
     assert task.step(theta, small.phi, y, 0.2, rho) == pytest.approx(w.detach().numpy(), abs=1e-12)
 
 
