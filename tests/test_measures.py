@@ -1,4 +1,4 @@
-"""Measures of flatness and what they rank: closed forms, invariance, and the claims on made runs."""
+"""Measures of flatness, and what they rank: closed forms, invariance, claims on made runs."""
 
 import dataclasses
 import itertools
@@ -211,3 +211,125 @@ def test_the_small_grid_runs_to_verdicts():
     columns = result.runs[0].columns
     assert {*task.MEASURES, "trace_error", "calibrated_loss"} <= columns.keys()
     assert columns["adaptive_rescaled"] == pytest.approx(columns["adaptive"], rel=1e-5, nan_ok=True)
+
+
+# --- what the runs decide -------------------------------------------------------------------------
+
+
+def made(noise, seed):
+    """A grid of 2 learning rates, batch sizes, widths and radii, with random columns; one network
+    of each batch size and width never reached the level."""
+    rng, runs = np.random.default_rng(seed), []
+    for batch, width in itertools.product((32, 128), (1, 3)):
+        lr, rho = np.array(list(itertools.product([0.1, 0.2], [0.0, 0.1]))).T
+        names = [*task.MEASURES, "loss", "test_loss", "calibrated_loss", "test_error"]
+        names += ["sharpness_0", "sharpness_1", "adaptive_rescaled"]
+        columns = {name: rng.uniform(1, 2, size=4).round(3) for name in names}
+        columns["test_loss"][1::2] -= 1.5
+        columns["reached"] = np.array([1.0, 1.0, 1.0, 0.0])
+        settings = {"noise": noise, "batch": batch, "width": width}
+        runs.append(run_of(settings, 0, lr=lr, rho=rho, **columns))
+    return runs
+
+
+def rows_of(runs):
+    """One dict a network that reached the level."""
+    return [
+        {**run.settings, **{name: run[name][i] for name in run.columns}}
+        for run in runs
+        for i in range(4)
+        if run["reached"][i]
+    ]
+
+
+def tau(rows, name, keep=lambda a, b: True, other="test_error"):
+    """Kendall's coefficient by counting the pairs that are kept."""
+    votes = [
+        np.sign((a[name] - b[name]) * (a[other] - b[other]))
+        for a, b in itertools.combinations(rows, 2)
+        if keep(a, b)
+    ]
+    return float(np.mean(votes))
+
+
+def only(axis):
+    return lambda a, b: [name for name in task.AXES if a[name] != b[name]] == [axis]
+
+
+def expected_of(rows):
+    """The statistics of all claims, but for those on rescaled networks."""
+    granulated = {
+        name: np.mean([tau(rows, name, only(axis)) for axis in task.AXES])
+        for name in ("sharpness", "adaptive")
+    }
+    partners = [
+        (a, b) for a in rows for b in rows if not a["rho"] and b["rho"] and only("rho")(a, b)
+    ]
+    gain = {
+        name: np.mean([a[name] - b[name] for a, b in partners])
+        for name in ("test_error", "test_loss", "calibrated_loss")
+    }
+    sharpness = tau(rows, "sharpness")
+    rate = tau(rows, "sharpness", lambda a, b: a["lr"] != b["lr"], other="lr")
+    ranked = ("sharpness", "trace", "rise", "adaptive", "input_gradient")
+    return {
+        **{f"{name.replace('_', '-')}-ranks-errors": tau(rows, name) for name in ranked},
+        **{f"granulated-{name}": value for name, value in granulated.items()},
+        "within-a-learning-rate": tau(rows, "sharpness", lambda a, b: a["lr"] == b["lr"]),
+        "across-learning-rates": tau(rows, "sharpness", only("lr")),
+        "across-batch-sizes": tau(rows, "sharpness", only("batch")),
+        "across-widths": tau(rows, "sharpness", only("width")),
+        "across-radii": tau(rows, "sharpness", only("rho")),
+        "sharpness-tells-the-learning-rate": abs(rate) - abs(sharpness),
+        "leftover-loss-ranks-nothing": abs(tau(rows, "loss")),
+        "sharpness-beats-weight-norm": sharpness - tau(rows, "norm"),
+        "sharpness-beats-logit-scale": sharpness - tau(rows, "temperature"),
+        "adaptive-sharpness-is-unchanged": max(
+            abs(row["adaptive_rescaled"] / row["adaptive"] - 1) for row in rows
+        ),
+        "sam-errs-less-at-equal-training-loss": gain["test_error"],
+        "temperature-explains-gain": gain["calibrated_loss"] / gain["test_loss"],
+    }
+
+
+def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
+    noisy, clean = made(0.3, 1), made(0.0, 2)
+    together = seed_runs({"factors": [1.0, 4.0]}, *noisy, *clean)
+    claims = {claim.id: claim for claim in task.EXPERIMENT.claims}
+    clean_ones = {name for name in claims if name.endswith("-clean")}
+    expected = expected_of(rows_of(noisy))
+    values = expected_of(rows_of(clean))
+    expected |= {name: values[name.removesuffix("-clean")] for name in clean_ones}
+    rescaling = {"random-rescaling-hides-it", "rescaling-orders-at-will"}
+    assert expected.keys() == claims.keys() - rescaling
+    cases = {name: (together, value) for name, value in expected.items()}
+    check_statistics([claims[name] for name in expected], cases)
+
+
+def test_chosen_factors_put_the_networks_that_err_less_on_the_sharp_side():
+    runs = seed_runs({"factors": [1.0, 4.0, 16.0]}, made(0.3, 1)[0])
+    table = {
+        "test_error": np.array([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]),
+        "lr": np.ones(6),
+        **{f"sharpness_{i}": np.full(6, 10.0**i) for i in range(3)},
+    }
+    assert task.chosen(runs, table).tolist() == [1.0, 100.0, 10.0, 100.0, 10.0, 1.0]
+    drawn = task.shuffled(runs, table)
+    assert set(drawn) <= {1.0, 10.0, 100.0} and len(set(drawn)) > 1
+
+
+def test_what_rescaling_does_is_read_off_the_sharpness_of_rescaled_networks():
+    (run,) = [made(0.3, 3)[0]]
+    runs = seed_runs({"factors": [1.0, 4.0]}, run)
+    table = task.networks(runs)
+    claims = {claim.id: claim for claim in task.EXPERIMENT.claims}
+    errors = table["test_error"]
+    best = errors <= np.sort(errors)[0]  # of three networks, the one best has the larger factor
+    sharp = np.where(best, table["sharpness_1"], table["sharpness_0"])
+    assert claims["rescaling-orders-at-will"](runs) == pytest.approx(
+        stats.kendalltau(sharp, errors).statistic
+    )
+    ratio = claims["random-rescaling-hides-it"](runs)
+    after = stats.kendalltau(task.shuffled(runs, table), errors).statistic
+    assert ratio.numerator == pytest.approx(after)
+    assert ratio.denominator == pytest.approx(task.ranking(table, "sharpness"))

@@ -1,6 +1,6 @@
 r"""What do the first epochs decide? A deficit that is mended, and a learning rate that is changed.
 
-*Deficit.* Achille et al. (2019): a network that sees blurred images in its first epochs stays worse
+*Deficit.* Achille et al. (2017): a network that sees blurred images in its first epochs stays worse
 for good, however long it trains on sharp ones afterwards; images upside down do no lasting harm.
 Here a small network trains for some epochs with a deficit, and then for a fixed number of epochs on
 the examples as they are. The deficits are images averaged over squares and smoothed, images upside
@@ -205,8 +205,8 @@ STUDIES = Studies(
 
 # --- what the runs decide -------------------------------------------------------------------------
 
-ACHILLE = Source("Achille et al. 2019, abstract (a temporary deficit impairs)", "paper")
-FLIP = Source("Achille et al. 2019, abstract (flipping has no lasting effect)", "paper")
+ACHILLE = Source("Achille et al. 2017, abstract (a temporary deficit impairs)", "paper")
+FLIP = Source("Achille et al. 2017, abstract (flipping has no lasting effect)", "paper")
 BREAK_EVEN = Source("Jastrzębski et al. 2020 (early learning rate, later curvature)", "after")
 HARM = 0.5
 """Points of test error from which on a harm counts as one."""
@@ -283,7 +283,7 @@ def high_rate_is_flatter(runs: SeedRuns) -> float:
 EXPERIMENT = Experiment(
     name="early_phase",
     title="What the first epochs decide: deficits that are mended, and the early learning rate",
-    source="this book, after Achille et al. 2019 (arXiv:1711.08856) and Jastrzębski et al. 2020",
+    source="this book, after Achille et al. 2017 (arXiv:1711.08856) and Jastrzębski et al. 2020",
     presets={"laptop": LAPTOP, "paper": PAPER},
     settings=STUDIES.settings,
     run=STUDIES.run,
