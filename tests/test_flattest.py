@@ -257,6 +257,7 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
         "descent-does-not-generalize": 43,
         "flat-generalizes-without-bias": 1,
         "flat-errs-with-bias": 20,
+        "bias-errs-more": 19,
         "bias-is-flatter": 0.8,
         "easier-task-is-learnt-with-bias": 3,
         "flat-generalizes-normed": 24,

@@ -74,7 +74,7 @@ def test_what_is_seen_is_the_formula_within_the_error_of_the_draws(small):
     biases, variances = task.simulated(small, config, lr, rho, np.random.default_rng(0))
     for steps, bias, variance in zip(config.steps, biases, variances, strict=True):
         expected = task.bias_and_variance(small, config.noise, lr, rho, steps)
-        assert bias == pytest.approx(expected[0], abs=0.02 * sum(expected))
+        assert bias == pytest.approx(expected[0])
         assert variance == pytest.approx(expected[1], rel=0.05)
 
 
@@ -120,13 +120,12 @@ def made(problem, method, bias, variance, bias_seen=None, variance_seen=None):
 def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
     runs = seed_runs(
         {"steps": [1, 2, 5], "early": 2},
-        made("linear", "descent", [8.0, 4, 2], [1.0, 2, 4], variance_seen=[1.1, 2, 4]),
+        made("linear", "descent", [8.0, 4, 2], [1.0, 2, 4], variance_seen=[0.95, 2, 4]),
         made("linear", "sam", [6.0, 3, 1.8], [1.5, 2.2, 4.2]),
         made("linear", "matched", [5.0, 3, 1], [2.0, 2.4, 8]),
         made("kernel", "descent", [8.0, 4, 2], [1.0, 2, 4]),
         made("kernel", "sam", [6.0, 2, 1.6], [2.0, 3, 4.4]),
-        # of the last variance less than a hundredth of the error is left: not asked
-        made("kernel", "matched", [4.0, 2, 1], [3.0, 6, 0.001], [4.8, 2, 1], [3.0, 6, 0.1]),
+        made("kernel", "matched", [4.0, 2, 1], [3.0, 6, 5], [4.8, 2, 1], [3.0, 6.6, 5]),
     )
     expected = {
         "formula-gives-the-bias": 1.2,
@@ -135,7 +134,7 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
         "sam-has-higher-variance": 1.05,
         "sam-is-better-stopped-early": 5.2 / 6,
         "matched-descent-has-lower-bias": 1.0,
-        "matched-descent-has-higher-variance": 4400.0,
+        "matched-descent-has-higher-variance": 2.2 / 2.4,
         "best-stopping-levels-them": 5 / 6,
     }
     cases = {name: (runs, value) for name, value in expected.items()}
@@ -146,4 +145,5 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
 def test_presets_stay_where_the_formulas_order_holds(scale):
     preset = task.EXPERIMENT.presets[scale]
     assert preset.lr * (1 + preset.rho) <= 1
+    assert preset.draws % 2 == 0
     assert preset.early in preset.steps and list(preset.steps) == sorted(preset.steps)

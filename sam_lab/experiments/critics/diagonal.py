@@ -253,7 +253,7 @@ def one_example_beats_descent(runs: SeedRuns) -> float:
     return _below(_largest(runs), _descent(runs), "test_error")
 
 
-@claim(ANDRIUSHCHENKO, low=75.0, unit="%", domain="share", headline=True, set_after=True)
+@claim(ANDRIUSHCHENKO, low=75.0, unit="%", domain="share", set_after=True)
 def full_batch_beats_descent(runs: SeedRuns) -> float:
     """On diagonal networks SAM whose perturbation is that of the full batch has a smaller test
     error than gradient descent from the same start, at equal training loss: share of draws of the
