@@ -245,7 +245,7 @@ def _largest(runs: SeedRuns) -> Run:
 ANDRIUSHCHENKO = Source("Andriushchenko & Flammarion 2022", "after")
 
 
-@claim(ANDRIUSHCHENKO, low=75.0, unit="%", domain="share", headline=True, set_after=True)
+@claim(ANDRIUSHCHENKO, low=75.0, unit="%", domain="share", set_after=True)
 def one_example_beats_descent(runs: SeedRuns) -> float:
     """On diagonal networks SAM whose perturbation is that of each example by itself has a smaller
     test error than gradient descent from the same start, at equal training loss: share of draws of
@@ -295,7 +295,7 @@ def one_example_shrinks_the_start(runs: SeedRuns) -> float:
     return float(np.median(_largest(runs)["start"])) / float(runs.config["init"])
 
 
-@claim(OURS, high=0.25, domain="positive", headline=True, set_after=True)
+@claim(OURS, high=0.25, domain="positive", set_after=True)
 def replay_ends_where_sam_ended(runs: SeedRuns) -> Ratio:
     """Gradient descent without SAM, from the start that the weights of SAM for each example speak
     of, ends where SAM ended: its distance from SAM's coefficients over that of gradient descent

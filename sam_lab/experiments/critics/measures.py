@@ -551,7 +551,7 @@ def rise_ranks_errors(runs: SeedRuns) -> float:
     return ranking(networks(runs), "rise")
 
 
-@claim(JIANG, low=0.2, headline=True)
+@claim(JIANG, low=0.2)
 def adaptive_ranks_errors(runs: SeedRuns) -> float:
     """At equal training loss a smaller adaptive sharpness goes with a smaller test error: Kendall's
     coefficient of the two over all pairs of networks"""
@@ -613,7 +613,7 @@ def across_widths(runs: SeedRuns) -> float:
     return ranking(table, "sharpness", alone(table, "width"))
 
 
-@claim(OURS, low=0.2, set_after=True, headline=True)
+@claim(OURS, low=0.2, set_after=True)
 def across_radii(runs: SeedRuns) -> float:
     """Where SAM's radius alone is changed, a smaller sharpness goes with a smaller test error:
     Kendall's coefficient over such pairs"""
@@ -621,7 +621,7 @@ def across_radii(runs: SeedRuns) -> float:
     return ranking(table, "sharpness", alone(table, "rho"))
 
 
-@claim(MODERN, low=0.0, headline=True)
+@claim(MODERN, low=0.0)
 def sharpness_tells_the_learning_rate(runs: SeedRuns) -> float:
     """Sharpness is a better sign of the learning rate than of the test error: Kendall's coefficient
     of sharpness and learning rate over all pairs that differ in it, its sign left out, less that of
@@ -663,7 +663,7 @@ def random_rescaling_hides_it(runs: SeedRuns) -> Ratio:
     return Ratio(after, ranking(table, "sharpness"))
 
 
-@claim(DINH, high=-0.5, headline=True)
+@claim(DINH, high=-0.5)
 def rescaling_orders_at_will(runs: SeedRuns) -> float:
     """Layers rescaled by chosen factors, the functions unchanged, make sharper networks err less:
     Kendall's coefficient of sharpness and test error after it"""
@@ -679,7 +679,7 @@ def adaptive_sharpness_is_unchanged(runs: SeedRuns) -> float:
     return float(np.max(np.abs(table["adaptive_rescaled"] / table["adaptive"] - 1)))
 
 
-@claim(CONTROL, low=0.0, unit="points", set_after=True, headline=True)
+@claim(CONTROL, low=0.0, unit="points", set_after=True)
 def sam_errs_less_at_equal_training_loss(runs: SeedRuns) -> float:
     """Where SGD and SAM stop at one training loss, so that neither has trained less, SAM errs less:
     test error, SGD's less SAM's with the same learning rate, batch size and width, mean over all
@@ -687,7 +687,7 @@ def sam_errs_less_at_equal_training_loss(runs: SeedRuns) -> float:
     return float(gains(networks(runs), "test_error").mean())
 
 
-@claim(OURS, high=0.5, undefined="SAM's test loss was no smaller than SGD's", headline=True)
+@claim(OURS, high=0.5, undefined="SAM's test loss was no smaller than SGD's")
 def temperature_explains_gain(runs: SeedRuns) -> Ratio:
     """SAM's gain in test loss over SGD, both at one training loss, is mostly one of logit scale:
     the gain with each network at its best temperature, over the gain without"""

@@ -232,9 +232,9 @@ EXPLANATIONS = (
             ),
             Evidence(
                 "flattest",
-                "flat-errs-with-bias",
+                "bias-errs-more",
                 "against",
-                "XOR with biases: test error of the network that SAM has flattened",
+                "XOR: test error with biases, where SAM ends flatter, less that without",
             ),
             Evidence(
                 "diagonal",
@@ -295,6 +295,60 @@ EXPLANATIONS = (
                 "label-noise-flattens",
                 "for",
                 "share of the trace that noise on the labels takes away",
+            ),
+            Evidence(
+                "language",
+                "sam-beats-noise-on-text",
+                "against",
+                "a language model: test loss with random perturbations less SAM's",
+            ),
+        ),
+    ),
+    Explanation(
+        "Balanced features",
+        "SAM holds back what is learnt well and leaves room for what is hard.",
+        (
+            Evidence(
+                "features",
+                "sam-finds-the-hard-part-ten",
+                "for",
+                "ten classes: probe error of the hard part that SAM saves at equal training loss",
+            ),
+            Evidence(
+                "features",
+                "sam-finds-the-hard-part-two",
+                "for",
+                "the same with two classes",
+            ),
+            Evidence(
+                "features",
+                "sam-finds-the-hard-part-pixel",
+                "for",
+                "the same beside a single pixel",
+            ),
+            Evidence(
+                "features",
+                "sam-suppresses-the-easy-part-ten",
+                "for",
+                "ten classes: probe error of the easy part, SAM's less SGD's",
+            ),
+            Evidence(
+                "features",
+                "weights-more-even-ten",
+                "for",
+                "ten classes: Gini coefficient of the importance weights, at w + ε less at w",
+            ),
+            Evidence(
+                "features",
+                "weights-more-even-two",
+                "for",
+                "the same with two classes",
+            ),
+            Evidence(
+                "features",
+                "weights-alone-find-the-hard-part-ten",
+                "for",
+                "ten classes: probe error that SGD with SAM's importance weights saves",
             ),
         ),
     ),
@@ -362,6 +416,12 @@ EXPLANATIONS = (
                 "for",
                 "least squares, each stopped at its best step: SAM's error over gradient descent's",
             ),
+            Evidence(
+                "language",
+                "sam-beats-early-stopping-on-text",
+                "against",
+                "a language model: test loss of SGD that stops early less SAM's",
+            ),
         ),
     ),
     Explanation(
@@ -411,6 +471,12 @@ EXPLANATIONS = (
                 "sam-beats-decayed-average",
                 "against",
                 "the same with a rate that falls along half a cosine",
+            ),
+            Evidence(
+                "language",
+                "sam-beats-sgd-at-equal-passes",
+                "against",
+                "a language model: test loss of tuned SGD less SAM's, at equal passes",
             ),
         ),
     ),
