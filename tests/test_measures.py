@@ -284,6 +284,8 @@ def expected_of(rows):
         "leftover-loss-ranks-nothing": abs(tau(rows, "loss")),
         "sharpness-beats-weight-norm": sharpness - tau(rows, "norm"),
         "sharpness-beats-logit-scale": sharpness - tau(rows, "temperature"),
+        "adaptive-beats-sharpness": tau(rows, "adaptive") - sharpness,
+        "adaptive-beats-logit-scale": tau(rows, "adaptive") - tau(rows, "temperature"),
         "adaptive-sharpness-is-unchanged": max(
             abs(row["adaptive_rescaled"] / row["adaptive"] - 1) for row in rows
         ),

@@ -21,7 +21,9 @@ that were held out. This cannot change an error.
 
 Before the first run of this experiment sharpness, trace and test error of 17 networks of a larger
 size had been seen, all with wrong labels and on seed 50: criteria on these count as set after the
-first data. Of all else nothing had been seen but the steps that networks of seed 50 take.
+first data. So do those that compare adaptive sharpness with other measures, which were added when
+two seeds had been seen. Of all else nothing had been seen but the steps that networks of seed 50
+take.
 """
 
 from __future__ import annotations
@@ -526,7 +528,7 @@ def _at(table: Table, which: NDArray[np.int64]) -> NDArray[np.float64]:
 JIANG = Source("Jiang et al. 2020 (that flatness ranks networks; the criterion is ours)", "after")
 MODERN = Source("Andriushchenko et al. 2023, abstract (learning rate, not error)", "paper")
 DINH = Source("Dinh et al. 2017, abstract (equivalent networks, sharper at will)", "paper")
-KWON = Source("Kwon et al. 2021 (that adaptive sharpness is not changed by rescaling)", "after")
+KWON = Source("Kwon et al. 2021 (what adaptive sharpness is for)", "after")
 KESKAR = Source("Keskar et al. 2017 (small batches: flatter, fewer errors)", "after")
 
 
@@ -654,6 +656,22 @@ def sharpness_beats_logit_scale(runs: SeedRuns) -> float:
     return ranking(table, "sharpness") - ranking(table, "temperature")
 
 
+@claim(KWON, low=0.2, set_after=True, headline=True)
+def adaptive_beats_sharpness(runs: SeedRuns) -> float:
+    """Adaptive sharpness ranks networks by test error better than sharpness does: Kendall's
+    coefficient with the test error, adaptive sharpness's less that of sharpness"""
+    table = networks(runs)
+    return ranking(table, "adaptive") - ranking(table, "sharpness")
+
+
+@claim(CONTROL, low=0.0, set_after=True)
+def adaptive_beats_logit_scale(runs: SeedRuns) -> float:
+    """Adaptive sharpness ranks networks by test error better than their best temperature does:
+    Kendall's coefficient with the test error, adaptive sharpness's less that of the temperature"""
+    table = networks(runs)
+    return ranking(table, "adaptive") - ranking(table, "temperature")
+
+
 @claim(DINH, high=0.5, undefined="sharpness did not rank the networks before either")
 def random_rescaling_hides_it(runs: SeedRuns) -> Ratio:
     """Layers rescaled by factors drawn at random, the functions unchanged, take more than half of
@@ -720,6 +738,8 @@ EXPERIMENT = Experiment(
         leftover_loss_ranks_nothing,
         sharpness_beats_weight_norm,
         sharpness_beats_logit_scale,
+        adaptive_beats_sharpness,
+        adaptive_beats_logit_scale,
         random_rescaling_hides_it,
         rescaling_orders_at_will,
         adaptive_sharpness_is_unchanged,
@@ -732,6 +752,7 @@ EXPERIMENT = Experiment(
             for each in (
                 sharpness_ranks_errors,
                 adaptive_ranks_errors,
+                adaptive_beats_sharpness,
                 granulated_sharpness,
                 across_radii,
                 sam_errs_less_at_equal_training_loss,
