@@ -266,6 +266,12 @@ EXPLANATIONS = (
                 "against",
                 "the same of sharpness, after layers are rescaled",
             ),
+            Evidence(
+                "averages",
+                "sam-beats-average-clean",
+                "for",
+                "true labels: test error of SGD's average, which is sharper, less SAM's",
+            ),
         ),
     ),
     Explanation(
@@ -373,6 +379,12 @@ EXPLANATIONS = (
                 "sharpness-beats-logit-scale",
                 "against",
                 "Kendall's coefficient with the test error: sharpness's less the temperature's",
+            ),
+            Evidence(
+                "measures",
+                "adaptive-beats-logit-scale",
+                "against",
+                "Kendall's coefficient: adaptive sharpness's less the temperature's",
             ),
         ),
     ),
