@@ -325,9 +325,9 @@ def matched_descent_has_higher_variance(runs: SeedRuns) -> float:
 
 @claim(OURS, 0.9, 1.1, domain="positive", headline=True)
 def best_stopping_levels_them(runs: SeedRuns) -> float:
-    """On least squares, each stopped at its own best step, SAM and gradient descent of the same
-    learning rate have about the same error: error over error, in the problem where it is farthest
-    from 1"""
+    """On least squares, each stopped at the best of the steps measured, SAM and gradient descent of
+    the same learning rate have about the same error: error over error, in the problem where it is
+    farthest from 1"""
     return farthest_from_one(
         float(
             _errors(runs.one(problem=name, method="sam")).min()
