@@ -93,10 +93,15 @@ PAPER = Config(examples=500, features=200, draws=4000)
 
 @dataclass(frozen=True)
 class Problem:
-    """Features (n, p) and the true values at the examples, (n,)."""
+    """Features (n, p), the true values at the examples, (n,), and where these are.
+
+    Attributes:
+        x: points between 0 and 1, ascending, of the kernel problem; None of the linear one.
+    """
 
     phi: Floats
     truth: Floats
+    x: Floats | None = None
 
     def spectrum(self) -> tuple[Floats, Floats]:
         """Eigenvalues (n,) of phi phi'/n, ascending, and squared coefficients of truth/sqrt(n)."""
@@ -115,6 +120,7 @@ def problem(name: str, config: Config, seed: int) -> Problem:
         raise ValueError(f"name must be one of {', '.join(PROBLEMS)}, got {name!r}")
     rng = np.random.default_rng([seed, PROBLEMS.index(name)])
     n = config.examples
+    x = None
     if name == "linear":
         scales = np.arange(1, config.features + 1) ** -0.5
         phi = rng.standard_normal((n, config.features)) * scales
@@ -125,7 +131,7 @@ def problem(name: str, config: Config, seed: int) -> Problem:
         eigenvalues, vectors = np.linalg.eigh(kernel)
         phi = vectors * np.sqrt(np.maximum(eigenvalues, 0)) @ vectors.T
         truth = np.sin(2 * np.pi * x) + np.sin(6 * np.pi * x) / 2
-    return Problem(phi, truth / np.sqrt(np.square(truth).mean()))
+    return Problem(phi, truth / np.sqrt(np.square(truth).mean()), x)
 
 
 def rates(method: str, top: float, lr: float, rho: float) -> tuple[float, float]:
@@ -319,9 +325,9 @@ def matched_descent_has_higher_variance(runs: SeedRuns) -> float:
 
 @claim(OURS, 0.9, 1.1, domain="positive", headline=True)
 def best_stopping_levels_them(runs: SeedRuns) -> float:
-    """On least squares, each stopped at its own best step, SAM and gradient descent of the same
-    learning rate have about the same error: error over error, in the problem where it is farthest
-    from 1"""
+    """On least squares, each stopped at the best of the steps measured, SAM and gradient descent of
+    the same learning rate have about the same error: error over error, in the problem where it is
+    farthest from 1"""
     return farthest_from_one(
         float(
             _errors(runs.one(problem=name, method="sam")).min()
