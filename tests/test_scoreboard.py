@@ -24,13 +24,13 @@ def test_no_explanation_counts_a_claim_twice():
     assert len({one.name for one in EXPLANATIONS}) == len(EXPLANATIONS)
 
 
-def weighed(monkeypatch, folder, values, counts, saved=True):
+def weighed(monkeypatch, folder, values, counts, saved=True, **how):
     """What evidence of one claim with these values over seeds, to lie in [0.9, 1.1], says."""
     experiment = toy(claim_of(values))
     monkeypatch.setattr(scoreboard, "get", {"toy": experiment}.__getitem__)
     if saved:
         experiments.run(experiment, out=folder, progress=False)
-    evidence = Evidence("toy", "c", counts, "the value of the toy")
+    evidence = Evidence("toy", "c", counts, "the value of the toy", **how)
     (one,) = scoreboard.weigh(folder, [Explanation("Toys", "It is the toy.", (evidence,))])
     return one
 
@@ -58,6 +58,12 @@ def test_a_verdict_speaks_for_a_side(monkeypatch, tmp_path, values, counts, side
     assert table.rows == [["**Toys**", "It is the toy.", *numbers]]
 
 
+@pytest.mark.parametrize("values, side", [([2.0, 2.01, 2.02], "undecided"), ([1.0, 1.01], "for")])
+def test_a_claim_that_is_not_reproduced_may_speak_for_nobody(monkeypatch, tmp_path, values, side):
+    one = weighed(monkeypatch, tmp_path, [*values, values[-1]], "for", missed="undecided")
+    assert one.side == side
+
+
 def test_what_was_not_run_is_said_to_be_so(monkeypatch, tmp_path):
     one = weighed(monkeypatch, tmp_path, [1.0, 1.0, 1.0], "for", saved=False)
     assert one.side == one.measured == "not run" and one.verdict is None
@@ -74,6 +80,8 @@ def test_the_name_of_an_explanation_stands_once(monkeypatch, tmp_path):
 def test_evidence_speaks_for_or_against():
     with pytest.raises(ValueError, match="toy/c: counts must be 'for' or 'against', got 'maybe'"):
         Evidence("toy", "c", "maybe", "the value")
+    with pytest.raises(ValueError, match="toy/c: missed must be one of for, against, undecided"):
+        Evidence("toy", "c", "for", "the value", missed="never")
 
 
 def test_evidence_on_a_claim_that_does_not_exist_is_an_error(monkeypatch, tmp_path):

