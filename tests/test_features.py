@@ -184,7 +184,8 @@ def test_every_method_with_radius_zero_is_sgd():
     for method in ("sam", "last", "random"):
         assert torch.equal(weights_of(method, 0.0), sgd), method
         assert not torch.equal(weights_of(method, 0.1), sgd), method
-    torch.testing.assert_close(weights_of("weights", 1e-6), sgd, atol=1e-5, rtol=0)
+    for method in ("weights", "scaled"):
+        torch.testing.assert_close(weights_of(method, 1e-6), sgd, atol=1e-5, rtol=0)
 
 
 def test_a_step_with_sams_weights_is_the_weighted_gradient_at_w():
@@ -204,9 +205,17 @@ def test_a_step_with_sams_weights_is_the_weighted_gradient_at_w():
     there = torch.softmax(torch.func.functional_call(model, moved, (x,)), 1) - F.one_hot(y, 2)
     # with two classes the gradient in the logits at w, made as long as that at w + eps
     expected = torch.autograd.grad(logits, params, there.detach().abs() * error.sign() / 6)
-    task._reweighted(SAM(torch.optim.SGD(params, lr=1.0), 0.5, model), model, x, y)
+    sam = SAM(torch.optim.SGD(params, lr=1.0), 0.5, model)
+    task._reweighted(sam, model, x, y, one=False)
     for p, old, step in zip(params, before, expected, strict=True):
         torch.testing.assert_close(p.detach(), old - step)
+    with torch.no_grad():
+        for p, old in zip(params, before, strict=True):
+            p.copy_(old)
+    task._reweighted(sam, model, x, y, one=True)
+    factor = there.abs().sum() / error.abs().sum()
+    for p, old, g in zip(params, before, grads, strict=True):
+        torch.testing.assert_close(p.detach(), old - factor * g)
 
 
 def test_a_run_has_probes_at_the_level_and_at_the_end_and_weights_for_sgd_alone():
@@ -255,22 +264,25 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
             made(case, "last", 0.3, [28, 30], [11, 10]),
             made(case, "random", 0.1, [30.5, 32], [10, 9]),
             made(case, "weights", 0.1, [33, 35], [10, 9]),
+            made(case, "scaled", 0.1, [32.5, 35], [10, 9]),
         )
     ]
     probes = {
         "easy-part-hides-the-hard-one": 20,
-        "sam-finds-the-hard-part": -1,
-        "sam-finds-the-hard-part-in-the-end": 1,
+        "sam-finds-the-hard-part": -2.5,
+        "sam-finds-the-hard-part-in-the-end": 0,
         "last-layer-finds-the-hard-part": 2,
-        "sam-suppresses-the-easy-part": 1,
+        "sam-suppresses-the-easy-part": 1.5,
         "random-direction-changes-nothing": -0.5,
         "weights-alone-find-the-hard-part": -3,
+        "weights-find-more-than-a-longer-step": -0.5,
+        "sam-is-a-longer-step": -1.5,
+        "a-longer-step-hides-the-hard-part": -2.5,
     }
     weights = {
         "weights-more-even": 0.03,
         "weights-more-even-by-the-last-layer": -0.05,
         "more-even-than-by-softening": 0.1,
-        "random-direction-keeps-the-weights": 0.001,
     }
     cases = {
         f"{name}-{case}": (seed_runs(config, *runs), value)

@@ -99,7 +99,7 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
         "sam-beats-early-stopping-on-text": 0.2,
         "sam-beats-noise-on-text": 0.4,
         # SGD has SAM's 1.5 halfway between its last two looks
-        "sam-beats-sgd-at-equal-training-loss": 3.2 - 2.9,
+        "sam-is-sgd-at-equal-training-loss": 3.2 - 2.9,
         "sam-degrades-even-with-twice-the-passes": -0.1,
         "sam-fits-less-of-the-text": 0.5,
     }

@@ -19,20 +19,23 @@ alike) within each minibatch, as that is what a step sees, for several radii and
 SAM's, SAM's in the last layer alone (the paper's last-layer SAM), and a random one. Whoever has a
 larger loss has more even weights. The control multiplies all logits of the batch by one factor
 below 1, so that the mean weight is as large as at $w + \epsilon$: is SAM's direction more even than
-that? And `weights` is the experiment that could refute the mechanism: SGD at $w$ whose examples
-are multiplied by the quotient of both weights, so that the weights are SAM's and all else is SGD's.
+that? Two ways to train could refute the mechanism. `weights` is SGD at $w$ whose examples are
+multiplied by the quotient of both weights, so that the weights are SAM's and all else is SGD's. As
+weights at $w + \epsilon$ are larger, its step is also longer. `scaled` has that alone: SGD at $w$
+with one factor for the whole minibatch, so that the sum of its weights is SAM's.
 
 The regime was searched on seeds 100 and 101, which are not reported: learning rates 0.05, 0.1 and
 0.2, radii from 0.03 to 0.3 (1 in the last layer), easy parts of strength 1 and 3, labels of two
 classes, easy parts that are right for nine pairs in ten, and one, two and four hidden layers. All
-criteria on probes and weights are therefore marked as set after the first data.
+criteria are therefore marked as set after the first data; `scaled` was added after the reported
+runs of the other settings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +46,7 @@ from torch.nn import functional as F
 
 from sam_lab import data, models
 from sam_lab._optional import require
-from sam_lab.experiments.lab.claims import CONTROL, NotApplicable, Source, claim
+from sam_lab.experiments.lab.claims import CONTROL, OURS, Claim, NotApplicable, Source, claim
 from sam_lab.experiments.lab.cost import gradient_flops
 from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Run, SeedRuns, Setting
@@ -94,7 +97,8 @@ class Config:
             are tested on.
         hidden, lr, batch, epochs: of the network and of plain SGD.
         rhos, last_rhos: radii of SAM, and of SAM in the last layer alone.
-        random_rho: radius of the random direction; that of `weights` is the largest of SAM's.
+        random_rho: radius of the random direction; that of `weights` and of `scaled` is the largest
+            of SAM's.
         level: training loss at which runs are compared.
         every: steps from one look at the training loss to the next.
         radii: at which the importance weights are measured.
@@ -155,6 +159,7 @@ def settings(config: Config) -> list[Setting]:
         *(("last", rho) for rho in config.last_rhos),
         ("random", config.random_rho),
         ("weights", max(config.rhos)),
+        ("scaled", max(config.rhos)),
     ]
     return [
         {"case": case, "method": name, "rho": rho} for case in config.cases for name, rho in methods
@@ -439,8 +444,8 @@ def train(
     total, step = config.epochs * -(-len(x) // config.batch), 0
     for _ in range(config.epochs):
         for part in torch.randperm(len(x), generator=generator).to(x.device).split(config.batch):
-            if setting["method"] == "weights":
-                _reweighted(sam, model, x[part], y[part])
+            if setting["method"] in ("weights", "scaled"):
+                _reweighted(sam, model, x[part], y[part], one=setting["method"] == "scaled")
             else:
                 sam.step(_closure(model, x[part], y[part]))
             step += 1
@@ -466,15 +471,17 @@ def _around(model: nn.Module, lr: float, setting: Setting, seed: int) -> SAM:
     return SAM(torch.optim.SGD(groups, lr=lr), setting["rho"], model, **how)
 
 
-def _reweighted(sam: SAM, model: nn.Module, x: Tensor, y: Tensor) -> None:
+def _reweighted(sam: SAM, model: nn.Module, x: Tensor, y: Tensor, *, one: bool) -> None:
     """A step of SGD with SAM's importance weights: each example's gradient at w, times the quotient
-    of its weights at w + epsilon and at w."""
+    of its weights at w + epsilon and at w, or of the sums of all weights where `one` is wanted."""
     sam.optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
     with sam.perturbed(), torch.no_grad():
         there = importance(model(x), y)
     logits = model(x)
     here = importance(logits.detach(), y)
+    if one:
+        there, here = there.sum(), here.sum()
     quotient = there / here.clamp(min=torch.finfo(here.dtype).tiny)
     (quotient * F.cross_entropy(logits, y, reduction="none")).mean().backward()
     sam.optimizer.step()
@@ -537,13 +544,21 @@ def at_level(run: Run, name: str) -> float:
 
 
 def gained(runs: SeedRuns, name: str, part: str = "hard", end: bool = False) -> float:
-    """SGD's probe error less that of a method, in points, at the radius where it is largest."""
+    """SGD's probe error less that of a method, in points, mean over the method's radii."""
+    return _error(runs, "sgd", part, end) - _error(runs, name, part, end)
+
+
+def _error(runs: SeedRuns, name: str, part: str, end: bool = False) -> float:
     column = f"{part}_error"
+    found = [
+        float(run[column][-1]) if end else at_level(run, column) for run in runs.all(method=name)
+    ]
+    return float(np.mean(found))
 
-    def error(run: Run) -> float:
-        return float(run[column][-1]) if end else at_level(run, column)
 
-    return error(_sgd(runs)) - min(error(run) for run in runs.all(method=name))
+def _over_scaled(runs: SeedRuns, run: Run) -> float:
+    """The probe error of the hard part with a longer step, less that of a run."""
+    return _error(runs, "scaled", "hard") - at_level(run, "hard_error")
 
 
 def change(run: Run, name: str, rho: float, radii: Sequence[float], over: str = "") -> float:
@@ -573,29 +588,28 @@ def easy_part_hides_the_hard_one(runs: SeedRuns) -> float:
 @claim(SPRINGER, low=0.0, unit="points", set_after=True)
 def sam_finds_the_hard_part(runs: SeedRuns) -> float:
     """SAM's hidden layer tells more of the hard part than SGD's at equal training loss: SGD's probe
-    error of the hard part less SAM's, at the radius where it is largest"""
+    error of the hard part less SAM's, mean over radii"""
     return gained(runs, "sam")
 
 
 @claim(SPRINGER, low=0.0, unit="points", set_after=True)
 def sam_finds_the_hard_part_in_the_end(runs: SeedRuns) -> float:
     """SAM's hidden layer tells more of the hard part than SGD's after equal epochs: SGD's probe
-    error of the hard part less SAM's, at the radius where it is largest"""
+    error of the hard part less SAM's, mean over radii"""
     return gained(runs, "sam", end=True)
 
 
 @claim(AFTER_SPRINGER, low=0.0, unit="points", set_after=True)
 def last_layer_finds_the_hard_part(runs: SeedRuns) -> float:
     """SAM in the last layer alone makes a hidden layer that tells more of the hard part than SGD's
-    at equal training loss: SGD's probe error of the hard part less its own, at the radius where it
-    is largest"""
+    at equal training loss: SGD's probe error of the hard part less its own, mean over radii"""
     return gained(runs, "last")
 
 
 @claim(SUPPRESSES, low=0.0, unit="points", set_after=True)
 def sam_suppresses_the_easy_part(runs: SeedRuns) -> float:
     """SAM's hidden layer tells less of the easy part than SGD's at equal training loss: SAM's probe
-    error of the easy part less SGD's, at the radius where it is smallest"""
+    error of the easy part less SGD's, mean over radii"""
     return -gained(runs, "sam", "easy")
 
 
@@ -612,6 +626,30 @@ def weights_alone_find_the_hard_part(runs: SeedRuns) -> float:
     that tells more of the hard part than SGD's own: SGD's probe error of the hard part less that
     with SAM's weights"""
     return gained(runs, "weights")
+
+
+@claim(CONTROL, low=0.0, unit="points", set_after=True)
+def weights_find_more_than_a_longer_step(runs: SeedRuns) -> float:
+    """At equal training loss SGD whose examples have SAM's importance weights makes a hidden layer
+    that tells more of the hard part than SGD whose whole minibatch has one factor, so that only the
+    sum of its weights is SAM's: the latter's probe error of the hard part less the former's"""
+    return _over_scaled(runs, runs.one(method="weights"))
+
+
+@claim(OURS, -2.0, 2.0, unit="points", set_after=True)
+def sam_is_a_longer_step(runs: SeedRuns) -> float:
+    """At equal training loss SAM's hidden layer tells as much of the hard part as that of SGD whose
+    whole minibatch has one factor, so that the sum of its importance weights is SAM's: the latter's
+    probe error of the hard part less that of SAM at its largest radius"""
+    return _over_scaled(runs, runs.one(method="sam", rho=max(runs.config["rhos"])))
+
+
+@claim(OURS, high=0.0, unit="points", set_after=True)
+def a_longer_step_hides_the_hard_part(runs: SeedRuns) -> float:
+    """At equal training loss SGD whose whole minibatch has one factor, so that the sum of its
+    importance weights is SAM's, makes a hidden layer that tells less of the hard part than SGD's:
+    SGD's probe error of the hard part less that with the longer step"""
+    return gained(runs, "scaled")
 
 
 @claim(AFTER_SPRINGER, high=0.0, set_after=True)
@@ -639,14 +677,6 @@ def more_even_than_by_softening(runs: SeedRuns) -> float:
     return _change(runs, "sam", over="soft")
 
 
-@claim(CONTROL, -0.02, 0.02, set_after=True)
-def random_direction_keeps_the_weights(runs: SeedRuns) -> float:
-    """The importance weights of a minibatch are as even at a random point, as far away as SAM's
-    largest radius, as at w: difference of the Gini coefficients, along a run of SGD where it has
-    the training loss of the comparison"""
-    return _change(runs, "random")
-
-
 PROBES = [
     easy_part_hides_the_hard_one,
     sam_finds_the_hard_part,
@@ -655,13 +685,32 @@ PROBES = [
     sam_suppresses_the_easy_part,
     random_direction_changes_nothing,
     weights_alone_find_the_hard_part,
+    weights_find_more_than_a_longer_step,
+    sam_is_a_longer_step,
+    a_longer_step_hides_the_hard_part,
 ]
 MECHANISM = [
     weights_more_even,
     weights_more_even_by_the_last_layer,
     more_even_than_by_softening,
-    random_direction_keeps_the_weights,
 ]
+HEADLINES = (
+    "sam-finds-the-hard-part-ten",
+    "weights-more-even-ten",
+    "weights-more-even-by-the-last-layer-two",
+    "sam-is-a-longer-step-ten",
+)
+
+
+def _claims() -> list[Claim]:
+    """Those on probes for each case, and those on weights for the cases with an easy image."""
+    found = [
+        claimed.under(case, begins, case=case)
+        for case, begins in CASES.items()
+        for claimed in (PROBES if case == "pixel" else PROBES + MECHANISM)
+    ]
+    return [replace(each, headline=each.id in HEADLINES) for each in found]
+
 
 EXPERIMENT = Experiment(
     name="features",
@@ -670,10 +719,6 @@ EXPERIMENT = Experiment(
     presets={"laptop": LAPTOP, "desktop": DESKTOP, "paper": PAPER},
     settings=settings,
     run=run,
-    claims=[
-        claimed.under(case, begins, case=case)
-        for case, begins in CASES.items()
-        for claimed in (PROBES if case == "pixel" else PROBES + MECHANISM)
-    ],
+    claims=_claims(),
     cost=cost,
 )
