@@ -255,13 +255,13 @@ EXPLANATIONS = (
                 "factorisation",
                 "flat-recovers-low-rank",
                 "for",
-                "matrices of low rank: error of the flattest factorisation",
+                "matrices of rank 1: error of the flat fit over that of gradient descent",
             ),
             Evidence(
                 "factorisation",
                 "full-rank-is-not-recovered",
                 "against",
-                "the same with matrices of full rank",
+                "matrices of full rank: error of the flat fit over the norm of the matrix",
             ),
             Evidence(
                 "measures",
@@ -345,7 +345,7 @@ EXPLANATIONS = (
                 "features",
                 "sam-finds-the-hard-part-ten",
                 "for",
-                "ten classes: probe error of the hard part that SAM saves at equal training loss",
+                "ten classes: probe error of the hard part that SAM saves",
             ),
             Evidence(
                 "features",
@@ -382,6 +382,12 @@ EXPLANATIONS = (
                 "weights-alone-find-the-hard-part-ten",
                 "for",
                 "ten classes: probe error that SGD with SAM's importance weights saves",
+            ),
+            Evidence(
+                "features",
+                "sam-is-a-longer-step-ten",
+                "against",
+                "ten classes: probe error of the hard part, with a step as long less SAM's",
             ),
         ),
     ),
