@@ -426,7 +426,7 @@ def _above(runs: SeedRuns, which: int) -> list[float]:
 WEN = Source("Wen, Li & Ma 2023", "after")
 
 
-@claim(OURS, 0.999999, 1.000001, headline=True)
+@claim(OURS, 0.999, 1.001, headline=True)
 def memoriser_is_flattest(runs: SeedRuns) -> float:
     """A network with biases, written down by hand, that knows the training examples and is 0
     everywhere else has the smallest trace that a fit can have, however many inputs there are, with
@@ -434,7 +434,7 @@ def memoriser_is_flattest(runs: SeedRuns) -> float:
     return farthest_from_one(_above(runs, 1))
 
 
-@claim(OURS, 0.999999, 1.000001)
+@claim(OURS, 0.999, 1.001)
 def rule_is_flattest(runs: SeedRuns) -> float:
     """A network written down by hand that is right everywhere has the smallest trace that a fit can
     have, however many inputs there are, in all three architectures: its trace over the smallest,
