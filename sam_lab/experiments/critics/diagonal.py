@@ -5,7 +5,8 @@ With few examples, $n < d$, many $\beta$ fit, and the sparse one is wanted. Andr
 Flammarion 2022 (arXiv:2206.06232) use it to ask what SAM adds to gradient descent. Their code
 (tml-epfl/understanding-sam) has $n = 20$, $d = 30$, the start $u = u_0$, $v = 0$, and perturbations
 that are *not* normalised: $\rho$ times the gradient of the loss over all examples, or, for each
-example by itself, $\rho$ times the gradient of its own loss. There both are on a single draw of the
+example by itself, $\rho$ times the gradient of its own loss. (That loss is the full square there
+and half of it here, so that a radius of 0.2 here is their 0.1.) Theirs is a single draw of the
 data. Here are 20 draws a seed.
 
 The loss is half the mean squared error. The outputs are linear in each weight, so the trace of the

@@ -78,7 +78,7 @@ FIT_STEPS = 200_000  # at most
 
 def product(factors: Floats) -> Floats:
     """P, the product of the factors (L, d, d) in their order."""
-    found = factors[0]
+    found: Floats = factors[0]
     for factor in factors[1:]:
         found = found @ factor
     return found
