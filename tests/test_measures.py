@@ -262,6 +262,10 @@ def tau(rows, name, keep=lambda a, b: True, other="test_error"):
     return float(np.mean(votes))
 
 
+def like(name):
+    return lambda a, b: max(a[name], b[name]) < 1.05 * min(a[name], b[name])
+
+
 def only(axis):
     return lambda a, b: [name for name in task.AXES if a[name] != b[name]] == [axis]
 
@@ -296,6 +300,9 @@ def expected_of(rows):
         "sharpness-beats-logit-scale": sharpness - tau(rows, "temperature"),
         "adaptive-beats-sharpness": tau(rows, "adaptive") - sharpness,
         "adaptive-beats-logit-scale": tau(rows, "adaptive") - tau(rows, "temperature"),
+        "sharpness-at-nearly-equal-loss": tau(rows, "sharpness", like("loss")),
+        "adaptive-at-nearly-equal-loss": tau(rows, "adaptive", like("loss")),
+        "adaptive-at-nearly-equal-logit-scale": tau(rows, "adaptive", like("temperature")),
         "adaptive-sharpness-is-unchanged": max(
             abs(row["adaptive_rescaled"] / row["adaptive"] - 1) for row in rows
         ),
