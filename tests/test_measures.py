@@ -105,6 +105,15 @@ def test_a_rescaled_network_is_the_same_function_with_another_hessian(small, fac
     assert one > 0 and two == pytest.approx(one, rel=1e-9)
 
 
+def test_a_convolutional_network_is_rescaled_as_well():
+    torch.manual_seed(0)
+    model = models.cnn((3, 8, 8), 4, "relu", widths=(3, 5), pooling="max", seed=0)
+    x = torch.randn(6, 3, 8, 8)
+    other = task.rescaled(model, 4.0)
+    assert torch.allclose(other(x), model(x), atol=1e-6)
+    assert torch.equal(other[0].weight, 4 * model[0].weight)
+
+
 def test_what_cannot_be_rescaled_is_refused(small):
     with pytest.raises(ValueError, match="factor must be above 0, got 0"):
         task.rescaled(small[0], 0.0)
@@ -204,6 +213,7 @@ def test_a_gain_of_sam_is_over_sgd_with_the_same_other_settings():
     assert task.gains(table, "test_error") == pytest.approx(np.array(expected))
 
 
+@pytest.mark.slow
 def test_the_small_grid_runs_to_verdicts():
     result = experiments.run("measures", TINY, seeds=[1], device="cpu", progress=False)
     assert len(result.runs) == 4
@@ -252,6 +262,10 @@ def tau(rows, name, keep=lambda a, b: True, other="test_error"):
     return float(np.mean(votes))
 
 
+def like(name):
+    return lambda a, b: max(a[name], b[name]) < 1.05 * min(a[name], b[name])
+
+
 def only(axis):
     return lambda a, b: [name for name in task.AXES if a[name] != b[name]] == [axis]
 
@@ -286,6 +300,9 @@ def expected_of(rows):
         "sharpness-beats-logit-scale": sharpness - tau(rows, "temperature"),
         "adaptive-beats-sharpness": tau(rows, "adaptive") - sharpness,
         "adaptive-beats-logit-scale": tau(rows, "adaptive") - tau(rows, "temperature"),
+        "sharpness-at-nearly-equal-loss": tau(rows, "sharpness", like("loss")),
+        "adaptive-at-nearly-equal-loss": tau(rows, "adaptive", like("loss")),
+        "adaptive-at-nearly-equal-logit-scale": tau(rows, "adaptive", like("temperature")),
         "adaptive-sharpness-is-unchanged": max(
             abs(row["adaptive_rescaled"] / row["adaptive"] - 1) for row in rows
         ),

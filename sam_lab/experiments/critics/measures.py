@@ -22,8 +22,8 @@ that were held out. This cannot change an error.
 Before the first run of this experiment sharpness, trace and test error of 17 networks of a larger
 size had been seen, all with wrong labels and on seed 50: criteria on these count as set after the
 first data. So do those that compare adaptive sharpness with other measures, which were added when
-two seeds had been seen. Of all else nothing had been seen but the steps that networks of seed 50
-take.
+two seeds had been seen, and those at nearly equal training loss or logit scale, added after all of
+them. Of all else nothing had been seen but the steps that networks of seed 50 take.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ __all__ = [
     "granulated",
     "input_gradient",
     "measure",
+    "near",
     "networks",
     "prepare",
     "ranking",
@@ -479,6 +480,14 @@ def alone(table: Table, axis: str) -> NDArray[np.bool_]:
     return agree(table, *others) & ~agree(table, axis)
 
 
+def near(table: Table, column: str, share: float) -> NDArray[np.bool_]:
+    """The pairs of networks, (N, N), whose values in a column of numbers above 0 differ by less
+    than this share."""
+    logs = np.log(table[column])
+    close: NDArray[np.bool_] = np.abs(logs[:, None] - logs) < math.log1p(share)
+    return close
+
+
 def ranking(table: Table, measure: str, pairs: NDArray[np.bool_] | None = None) -> float:
     """Kendall's coefficient of a measure and the test error: above 0 where less goes with less."""
     return concordance(table[measure], table["test_error"], pairs)
@@ -672,6 +681,30 @@ def adaptive_beats_logit_scale(runs: SeedRuns) -> float:
     return ranking(table, "adaptive") - ranking(table, "temperature")
 
 
+@claim(CONTROL, low=0.2, set_after=True)
+def sharpness_at_nearly_equal_loss(runs: SeedRuns) -> float:
+    """Among networks whose training losses differ by less than 5% a smaller sharpness goes with a
+    smaller test error: Kendall's coefficient over such pairs"""
+    table = networks(runs)
+    return ranking(table, "sharpness", near(table, "loss", 0.05))
+
+
+@claim(CONTROL, low=0.2, set_after=True)
+def adaptive_at_nearly_equal_loss(runs: SeedRuns) -> float:
+    """Among networks whose training losses differ by less than 5% a smaller adaptive sharpness goes
+    with a smaller test error: Kendall's coefficient over such pairs"""
+    table = networks(runs)
+    return ranking(table, "adaptive", near(table, "loss", 0.05))
+
+
+@claim(CONTROL, low=0.2, set_after=True)
+def adaptive_at_nearly_equal_logit_scale(runs: SeedRuns) -> float:
+    """Among networks whose best temperatures differ by less than 5% a smaller adaptive sharpness
+    goes with a smaller test error: Kendall's coefficient over such pairs"""
+    table = networks(runs)
+    return ranking(table, "adaptive", near(table, "temperature", 0.05))
+
+
 @claim(DINH, high=0.5, undefined="sharpness did not rank the networks before either")
 def random_rescaling_hides_it(runs: SeedRuns) -> Ratio:
     """Layers rescaled by factors drawn at random, the functions unchanged, take more than half of
@@ -740,6 +773,9 @@ EXPERIMENT = Experiment(
         sharpness_beats_logit_scale,
         adaptive_beats_sharpness,
         adaptive_beats_logit_scale,
+        sharpness_at_nearly_equal_loss,
+        adaptive_at_nearly_equal_loss,
+        adaptive_at_nearly_equal_logit_scale,
         random_rescaling_hides_it,
         rescaling_orders_at_will,
         adaptive_sharpness_is_unchanged,
