@@ -289,9 +289,15 @@ EXPLANATIONS = (
             ),
             Evidence(
                 "measures",
+                "adaptive-at-nearly-equal-logit-scale",
+                "for",
+                "the same where networks have nearly one logit scale",
+            ),
+            Evidence(
+                "measures",
                 "rescaling-orders-at-will",
                 "against",
-                "the same of sharpness, after layers are rescaled",
+                "Kendall's coefficient of sharpness and test error, after layers are rescaled",
             ),
             Evidence(
                 "averages",
