@@ -128,12 +128,10 @@ DESKTOP = Config(
     hard="cifar10",
     easy="mnist",
     strength=1.0,
-    train=2000,
-    fit=4000,
+    fit=3000,
     test=2000,
-    hidden=(200, 200),
-    lr=0.05,
-    epochs=60,
+    lr=0.02,
+    epochs=100,
 )
 # The paper's pairs of CIFAR and MNIST with another network: which one it trains we have not read.
 PAPER = Config(
@@ -144,7 +142,7 @@ PAPER = Config(
     fit=20_000,
     test=10_000,
     hidden=(1000, 1000),
-    lr=0.05,
+    lr=0.02,
     epochs=100,
     every=50,
 )
