@@ -309,7 +309,7 @@ EXPLANATIONS = (
     ),
     Explanation(
         "Noise",
-        "A perturbation of that length would do, in whatever direction.",
+        "Noise would do: a perturbation in a random direction, or random labels.",
         (
             Evidence(
                 "sharpness_aware",
@@ -333,7 +333,7 @@ EXPLANATIONS = (
                 "label_noise",
                 "label-noise-flattens",
                 "for",
-                "share of the trace that noise on the labels takes away",
+                "share of the trace that gradient descent with noise on the labels takes away",
             ),
             Evidence(
                 "language",
