@@ -127,6 +127,7 @@ def test_a_flow_that_never_bounces_predicts_no_size():
     assert len(task.settled(made(central_bounce=[0.0] * 4))) == 0
     late = made(central_bounce=[0.0, 0.2, 0.2, 0.2])
     assert task.settled(late) == pytest.approx(np.array([1.1]))
+    assert task.settled(made(central_bounce=[0.2, 0.2, 0.2, 0.0]))[-1] == np.inf
     claim = next(each for each in task.EXPERIMENT.claims if each.id == "bounce-is-predicted")
     with pytest.raises(experiments.NotApplicable, match="does not bounce for long enough"):
         claim(seed_runs({}, made(central_bounce=[0.0] * 4)))

@@ -31,7 +31,7 @@ WORDS = (1500, 2500)
 HEADLINES = (5, 7)
 PREDICTIONS = (2, 3)
 # folders of experiments, in the book's order
-PARTS = ("edge", "sam", "late", "inputs", "family", "theory")
+PARTS = ("edge", "sam", "late", "inputs", "family", "theory", "critics")
 # Marks of a moment or a machine that have no place in a stored output.
 PASSING = re.compile(
     r"/home/|/Users/|/root\b|/tmp/|[A-Z]:\\\\|\b0x[0-9a-f]{6,}\b"

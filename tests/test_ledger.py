@@ -162,7 +162,7 @@ def test_the_rows_of_the_ledger_are_plain_text(tmp_path, monkeypatch):
 
 def test_every_experiment_belongs_to_a_part_of_the_book():
     found = {part(name) for name in experiments.names()}
-    assert found == {"edge", "sam", "late", "inputs", "family", "theory"}
+    assert found == {"edge", "sam", "late", "inputs", "family", "theory", "critics"}
     assert part("late_images") == "late" and part("nobody") == ""
 
 

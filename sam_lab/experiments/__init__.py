@@ -1,8 +1,8 @@
 """Experiments that decide the claims of the papers: one module each, one command line over them.
 
-The folders follow the book: `edge` (part I), `sam` (II), `late` (III), `inputs` (IV); `lab` is the
-machinery. ``python -m sam_lab.experiments list`` names the experiments; :func:`run` runs one from
-Python.
+The folders follow the book: `edge` (part I), `sam` (II), `late` (III), `inputs` (IV), `family` (V),
+`theory` (VI), `critics` (VII); `lab` is the machinery. ``python -m sam_lab.experiments list`` names
+the experiments; :func:`run` runs one from Python.
 """
 
 from sam_lab.experiments.lab.claims import (

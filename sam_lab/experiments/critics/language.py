@@ -307,7 +307,7 @@ def gain(runs: SeedRuns, name: str, over: str) -> float:
     return end(runs, over) - end(runs, name)
 
 
-@claim(BAHRI, low=0.0, unit="nats", set_after=True, headline=True)
+@claim(BAHRI, low=0.0, unit="nats", set_after=True)
 def sam_beats_sgd_at_equal_passes(runs: SeedRuns) -> float:
     """At equal passes SAM ends with a smaller test loss on a language model than SGD, which makes
     twice as many steps and whose learning rate was tuned by as many tries: SGD's less SAM's"""
@@ -322,7 +322,7 @@ def sam_beats_sgd_at_the_best_look(runs: SeedRuns) -> float:
     return sgd - sam
 
 
-@claim(CONTROL, low=0.0, unit="nats", set_after=True, headline=True)
+@claim(CONTROL, low=0.0, unit="nats", set_after=True)
 def sam_beats_early_stopping_on_text(runs: SeedRuns) -> float:
     """On a language model SAM ends with a smaller test loss than SGD that is stopped early, its
     length tuned by as many tries: the latter's less SAM's"""

@@ -310,12 +310,14 @@ def nearer(run: Run) -> float:
 
 def settled(run: Run) -> np.ndarray:
     """Measured over predicted bounce in the top three directions, at the measurements `SETTLED`
-    steps or more after the first at which the flow bounces; empty where there are none."""
+    steps or more after the first at which the flow bounces; empty where there are none. Infinite
+    where the flow has come to rest again and the centre has not."""
     predicted, step = run["central_bounce"], run["step"]
     if not predicted.any():
         return np.array([])
     late = step >= step[np.flatnonzero(predicted)[0]] + SETTLED
-    found: np.ndarray = run["bounce"][late] / predicted[late]
+    with np.errstate(divide="ignore"):
+        found: np.ndarray = run["bounce"][late] / predicted[late]
     return found
 
 
@@ -327,9 +329,14 @@ def onset(run: Run) -> float:
     return float(run["step"][np.argmax(there)]) if there.any() else np.inf
 
 
+def bounces_long(run: Run) -> bool:
+    """Whether SAM has bounced for `SETTLED` steps or more at the end."""
+    return bool(run["step"][-1] - onset(run) >= SETTLED)
+
+
 def bouncing(runs: SeedRuns) -> list[Run]:
     """The runs of SAM in which it has bounced for `SETTLED` steps or more at the end."""
-    found = [run for run in perturbed(runs) if run["step"][-1] - onset(run) >= SETTLED]
+    found = [run for run in perturbed(runs) if bounces_long(run)]
     return _some(found, "SAM that bounces for long enough")
 
 
