@@ -1,6 +1,7 @@
 """SAM on a small language model: the runs at equal passes, and the claims on made runs."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -71,6 +72,13 @@ def test_the_search_takes_the_value_of_the_smallest_validation_loss():
     ]
     assert columns["search_loss"] == expected
     assert columns["value"] == [tried[int(np.argmin(expected))]]
+
+
+def test_a_value_that_diverges_is_not_chosen(monkeypatch):
+    ends = iter([3.0, math.nan, 2.0, math.inf])
+    monkeypatch.setattr(task, "train", lambda *_: {"validation_loss": [next(ends)]})
+    found = task.search(dataclasses.replace(TINY, search_seed=77), "sgd")
+    assert found == (3.0, math.inf, 2.0, math.inf)
 
 
 def test_the_seed_of_the_search_is_not_reported():

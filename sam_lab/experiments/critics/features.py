@@ -16,15 +16,16 @@ cross-entropy in the logits of an example with label y has the length $2(1 - p_y
 values): $1 - p_y$ is its importance weight. SAM has it at $w + \epsilon$; the paper's figure 3
 shows it to be spread more evenly there than at $w$. It is measured by the Gini coefficient (0: all
 alike) within each minibatch, as that is what a step sees, for several radii and three directions:
-SAM's, SAM's in the last layer alone (the paper's last-layer SAM), and a random one. Whoever has a
-larger loss has more even weights. The control multiplies all logits of the batch by one factor
-below 1, so that the mean weight is as large as at $w + \epsilon$: is SAM's direction more even than
-that? Two ways to train could refute the mechanism. `weights` is SGD at $w$ whose examples are
-multiplied by the quotient of both weights, so that the weights are SAM's and all else is SGD's. As
-weights at $w + \epsilon$ are larger, its step is also longer. `scaled` has that alone: SGD at $w$
-with one factor for the whole minibatch, so that the sum of its weights is SAM's.
+SAM's, SAM's in the last layer alone (the paper's last-layer SAM), and a random one. Weights become
+more even wherever a network is less certain of its training set. The control multiplies all logits
+of the batch by one factor below 1, so that the mean weight is as large as at $w + \epsilon$: is
+SAM's direction more even than that? Two ways to train could refute the mechanism. `weights` is SGD
+at $w$ whose examples are multiplied by the quotient of both weights, so that the weights are SAM's
+and all else is SGD's. As weights at $w + \epsilon$ are larger, its step is also longer. `scaled`
+has that alone: SGD at $w$ with one factor for the whole minibatch, so that the sum of its weights
+is SAM's.
 
-The regime was searched on seeds 100 and 101, which are not reported: learning rates 0.05, 0.1 and
+The regime was searched on seeds 100 to 102, which are not reported: learning rates 0.05, 0.1 and
 0.2, radii from 0.03 to 0.3 (1 in the last layer), easy parts of strength 1 and 3, labels of two
 classes, easy parts that are right for nine pairs in ten, and one, two and four hidden layers. All
 criteria are therefore marked as set after the first data; `scaled` was added after the reported

@@ -18,15 +18,17 @@ Who makes fewer steps fits less and so overfits less. SAM's test loss is therefo
 with SGD's where SGD has SAM's training loss. Losses are cross-entropies in nats a character, on
 windows that are the same throughout.
 
-A pilot on the search's seed, with twice the text, passes and width, had shown SGD with three
-learning rates and SAM with two radii: criteria on SGD and SAM alone count as set after the first
-data. Early stopping, the random direction and SAM with twice the passes had not been seen. The
-bounds on the difference at equal training loss were set when five of the ten seeds had been seen.
+SAM's learning rate is not that of SGD. Ten seeds were also run with the learning rate that SGD's
+search had chosen, 0.4, for all: there SAM's search ended with a larger validation loss at every
+radius, so that SAM has the better one of two learning rates here. At 0.8 SGD diverged. All criteria
+count as set after the first data: a pilot on the search's seed had shown SGD and SAM on more text,
+and the bounds on the difference at equal training loss were set when runs had been seen.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -223,11 +225,13 @@ def _around(
 
 @functools.cache
 def search(config: Config, name: str, device: torch.device | str = "cpu") -> tuple[float, ...]:
-    """The validation loss at the end of the run on the search's seed, at each value tried."""
-    return tuple(
+    """The validation loss at the end of the run on the search's seed, at each value tried;
+    infinite where it diverged."""
+    ends = (
         train(config, name, value, config.search_seed, device)["validation_loss"][-1]
         for value in CONTENDERS[name].tried
     )
+    return tuple(loss if math.isfinite(loss) else math.inf for loss in ends)
 
 
 def run(config: Config, cell: Cell) -> Columns:
@@ -303,7 +307,7 @@ def gain(runs: SeedRuns, name: str, over: str) -> float:
     return end(runs, over) - end(runs, name)
 
 
-@claim(BAHRI, low=0.0, unit="nats", set_after=True)
+@claim(BAHRI, low=0.0, unit="nats", set_after=True, headline=True)
 def sam_beats_sgd_at_equal_passes(runs: SeedRuns) -> float:
     """At equal passes SAM ends with a smaller test loss on a language model than SGD, which makes
     twice as many steps and whose learning rate was tuned by as many tries: SGD's less SAM's"""
@@ -318,14 +322,14 @@ def sam_beats_sgd_at_the_best_look(runs: SeedRuns) -> float:
     return sgd - sam
 
 
-@claim(CONTROL, low=0.0, unit="nats")
+@claim(CONTROL, low=0.0, unit="nats", set_after=True, headline=True)
 def sam_beats_early_stopping_on_text(runs: SeedRuns) -> float:
     """On a language model SAM ends with a smaller test loss than SGD that is stopped early, its
     length tuned by as many tries: the latter's less SAM's"""
     return gain(runs, "sam", "early")
 
 
-@claim(CONTROL, low=0.0, unit="nats")
+@claim(CONTROL, low=0.0, unit="nats", set_after=True)
 def sam_beats_noise_on_text(runs: SeedRuns) -> float:
     """At equal passes SAM ends with a smaller test loss on a language model than SGD with the
     gradient at a random point, which makes twice as many steps: the latter's less SAM's"""
@@ -340,7 +344,7 @@ def sam_is_sgd_at_equal_training_loss(runs: SeedRuns) -> float:
     return at_training_loss(runs.one(method="sgd"), level) - end(runs, "sam")
 
 
-@claim(SINGH, high=0.0, unit="nats")
+@claim(SINGH, high=0.0, unit="nats", set_after=True)
 def sam_degrades_even_with_twice_the_passes(runs: SeedRuns) -> float:
     """On a language model SAM ends with a larger test loss than SGD even where it makes as many
     steps, and so twice the passes: SGD's test loss less SAM's"""
