@@ -133,13 +133,13 @@ def draw(kind: str, seed: int, examples: int) -> Problem:
     if kind == "resnet18":
         images = data.load("digits", train=8, seed=seed)
         x = functional.interpolate((images.x - images.x.mean()) / images.x.std(), (64, 64))
-        x, labels, model = x.expand(-1, 3, -1, -1).contiguous(), images.y, resnet18(seed)
+        x, labels, net = x.expand(-1, 3, -1, -1).contiguous(), images.y, resnet18(seed)
 
         def loss_of_eight() -> Tensor:
-            value: Tensor = functional.cross_entropy(model(x), labels)
+            value: Tensor = functional.cross_entropy(net(x), labels)
             return value
 
-        return Problem(kind, f"digits, ResNet-18, relu, CE, lr {lr}", lr, model, loss_of_eight)
+        return Problem(kind, f"digits, ResNet-18, relu, CE, lr {lr}", lr, net, loss_of_eight)
     name = chance.choice({"mlp": ["digits", "mnist_5k", "mnist1d"]}.get(kind, ["digits"]))
     loss = chance.choice(["CE", "MSE"])
     images = data.load(name, train=examples, seed=seed)
