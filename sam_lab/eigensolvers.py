@@ -252,10 +252,10 @@ def extrapolate(points: list[Tensor], spans: list[Tensor], point: Tensor, noise:
     moved = torch.stack([x - points[-1] for x in points[:-1]])
     lengths = inner(moved, moved)
     wanted = inner(moved, (point - points[-1])[None])[:, 0]
-    turns, nearest = [], []
+    turns, nearest, size = [], [], _square(last)
     for span in earlier:
         left, cosines, right = torch.linalg.svd(inner(last, span))
-        turns.append((_square(last) + _square(span) - 2 * float(cosines.sum())) / len(last))
+        turns.append((size + _square(span) - 2 * float(cosines.sum())) / len(last))
         nearest.append(left @ right)
     away = lengths.diagonal() > 0
     rates = (torch.tensor(turns, dtype=torch.float64) / lengths.diagonal())[away]
@@ -276,7 +276,8 @@ def extrapolate(points: list[Tensor], spans: list[Tensor], point: Tensor, noise:
 
 def missing(start: Tensor, rows: Tensor) -> float:
     """The share of orthonormal `rows` that lies outside the span of `start`, 0 to 1 (a sine)."""
-    within = float(inner(_orthonormal(start), rows).square().sum())
+    along = inner(start, rows)
+    within = float((along * (torch.linalg.pinv(inner(start, start), hermitian=True) @ along)).sum())
     return math.sqrt(max(0.0, 1 - within / len(rows)))
 
 
