@@ -56,6 +56,9 @@ class SharpnessTracker:
         seed: seed of the random starts.
         max_hvps: most products of one measurement, its audit apart.
 
+    Memory: the parameters and the vectors of the last four measurements, which for P parameters are
+    8 P numbers with k = 1 and 4 (k + 3) P with more.
+
     What it costs depends on how fast the top eigenvector turns. Eleven problems that a seed drew
     (`book/results/bench_tracker.json`: fully connected and convolutional networks, Transformers, a
     residual network) took over their first sixty steps, audits apart, a median of 2 products a
