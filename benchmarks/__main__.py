@@ -9,12 +9,13 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # torch's profiler announces on stderr, below every other level, that it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from benchmarks import attacks, common, curvature, family, sam, stack, tracker  # noqa: E402
+from benchmarks import attacks, common, curvature, family, layers, sam, stack, tracker  # noqa: E402
 
 BENCHMARKS = {
     b.name: b
     for b in (
         curvature.BENCHMARK,
+        layers.BENCHMARK,
         tracker.BENCHMARK,
         sam.BENCHMARK,
         family.BENCHMARK,

@@ -126,8 +126,10 @@ class Problem:
                 p.sub_(g, alpha=lr)
 
     def copy(self, dtype: torch.dtype | None = None) -> "Problem":
-        dtype = dtype or self.x.dtype
-        return Problem(self.loss, copy.deepcopy(self.model).to(dtype), self.x.to(dtype), self.y)
+        model = copy.deepcopy(self.model)
+        if dtype is None:
+            return Problem(self.loss, model, self.x, self.y)
+        return Problem(self.loss, model.to(dtype), self.x.to(dtype), self.y)
 
 
 def make_problem(config: Config, loss: str, seed: int) -> Problem:
@@ -346,17 +348,23 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
 
 
 def product_table(problem: Problem, repeats: int) -> list[dict[str, Any]]:
-    """One row a way to multiply by the Hessian."""
+    """One row a way to multiply by the Hessian; `failed` says what torch says where it cannot."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(sum(p.numel() for p in problem.params), generator=generator)
     ready = []
+    failed: dict[tuple[str, str], str] = {}
     for tool, how, package, make in PRODUCTS:
         if package and not version_of(package):
             continue
         own = problem.copy()
         with quiet():
-            ready.append((tool, how, make(own), own))
-            ready[-1][2](v)  # warm up
+            try:
+                product = make(own)
+                product(v)  # warm up
+            except RuntimeError as error:  # NotImplementedError is one
+                failed[tool, how] = str(error).splitlines()[0]
+            else:
+                ready.append((tool, how, product, own))
     ratios: dict[tuple[str, str], list[float]] = {(tool, how): [] for tool, how, *_ in ready}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in ratios}
     for _ in range(repeats):
@@ -370,10 +378,14 @@ def product_table(problem: Problem, repeats: int) -> list[dict[str, Any]]:
         own.model.zero_grad(set_to_none=True)
     rows = []
     for tool, how, _package, _make in PRODUCTS:
-        row: dict[str, Any] = {"tool": tool, "how": how, "missing": (tool, how) not in ratios}
-        if not row["missing"]:
-            row["seconds"] = statistics.median(times[tool, how])
-            row["gradients"] = statistics.median(ratios[tool, how])
+        key = (tool, how)
+        row: dict[str, Any] = {"tool": tool, "how": how, "missing": key not in {**ratios, **failed}}
+        if key in failed:
+            row["failed"] = failed[key]
+        if key in ratios:
+            row["seconds"] = statistics.median(times[key])
+            low, row["gradients"], high = statistics.quantiles(ratios[key], n=4, method="inclusive")
+            row |= {"gradients_low": low, "gradients_high": high}
         rows.append(row)
     return rows
 
@@ -562,9 +574,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"{'one product':49}{'gradients':>10}",
     ]
-    for row in result["products"]:
-        end = f"{'missing':>10}" if row["missing"] else f"{row['gradients']:10.2f}"
-        lines.append(f"{row['tool']:25}{row['how']:24}{end}")
+    lines += map(product_line, result["products"])
     head = f"{'HVPs':>7}{'(range)':>11}{'ms':>8}{'gradients':>10}{'error':>9}{'worst':>9}"
     for loss in CRITERIA:
         for k in (1, 5):
@@ -582,6 +592,16 @@ def table(result: dict[str, Any]) -> str:
             f"{_number(row.get('error_max'), '9.1e')}{_number(row['residual_max'], '10.1e')}"
         )
     return "\n".join(lines)
+
+
+def product_line(row: dict[str, Any]) -> str:
+    """A row of `product_table` as text."""
+    end = f"{'missing' if row['missing'] else 'fails':>10}"
+    if "gradients" in row:
+        end = f"{row['gradients']:10.2f}"
+    if "gradients_low" in row:
+        end += f"{row['gradients_low']:8.2f}-{row['gradients_high']:.2f}"
+    return f"{row['tool']:25}{row['how']:24}{end}"
 
 
 def _cold_cells(row: dict[str, Any]) -> str:

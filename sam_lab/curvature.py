@@ -22,7 +22,10 @@ likely after a random start, not certain.
 `sam_lab.objective`).
 
 *Precision.* Products run in the dtype of the parameters (an `autocast` around the call is switched
-off), inner products and small matrices in float64.
+off), inner products and small matrices in float64. Of parameters of half precision the vectors are
+float32, rounded for each product alone: in bfloat16 a unit vector itself is known to a few
+thousandths only. What a product in bfloat16 rounds stays: expect a residual of some tenths of a per
+cent to one per cent of the largest eigenvalue below which none falls, and give `tol` room above it.
 """
 
 from __future__ import annotations
@@ -56,11 +59,14 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) float64 on the CPU, algebraically largest first.
-        vectors: (P, k) unit columns, in dtype and on the device of the parameters.
+        vectors: (P, k) unit columns, in dtype (float32 for half precision) and on the device of
+            the parameters.
         residuals: (k,) float64, |H x - value x|; an eigenvalue lies within it of each value.
         hvps: Hessian-vector products spent.
         converged: whether every residual is at most `tol * |values[0]|`.
         block: (P, m >= k) vectors and guard vectors, for `top(start=...)` at the next step.
+        ahead: (P, m) `block` after one more power step where the certificate's products make it for
+            nothing (a warm start), else `block`: the better start of the next step.
         crossing: whether the first vector is another one than at the measurement before. Only a
             `SharpnessTracker` has one before, see there.
     """
@@ -71,6 +77,7 @@ class Eigenpairs:
     hvps: int
     converged: bool
     block: Tensor = field(repr=False)
+    ahead: Tensor = field(repr=False)
     crossing: bool = False
 
 
@@ -175,7 +182,8 @@ class Hessian:
         self._choose = mode == "auto"
         if self._choose:
             # One batch: the kept graph wins. Gradients a product, on one CPU thread: kept graph
-            # 1.4 to 1.9, graph built anew 2.0 to 2.9, forward 1.7 (small CNN) to 4.0 (MLP). With
+            # 1.4 to 2.2 (3.8 through layer norm alone), graph built anew 2.0 to 3.4 (6.3), forward
+            # 1.7 to 4.8 (13): benchmarks/curvature.py and, by layer, benchmarks/layers.py. With
             # several batches no graph can be kept; on a GPU forward mode is then reported to take
             # the same time and two thirds of the memory (curvlinops pull request 201; we have
             # not measured it).
@@ -211,6 +219,11 @@ class Hessian:
         return self._objective.size, self._objective.size
 
     @property
+    def _wide(self) -> torch.dtype:
+        """The dtype of vectors: that of the parameters, but no less than float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters and of all vectors."""
         return self.params[0].dtype
@@ -225,7 +238,11 @@ class Hessian:
         return f"{name}({size} parameters, {self.dtype}, {self.mode}, hvps={self.hvps})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """H v for a vector (P,), or H V for the m columns of (P, m): m products."""
+        """H v for a vector (P,), or H V for the m columns of (P, m): m products.
+
+        In the dtype of the parameters; with parameters of half precision v may be float32, as
+        eigenvectors then are, and so is the product.
+        """
         size = self.shape[0]
         if not isinstance(v, Tensor):
             raise TypeError(f"H @ v needs a tensor of shape ({size},), got {type(v).__name__}")
@@ -234,7 +251,7 @@ class Hessian:
                 f"H @ v needs shape ({size},) or ({size}, m), one row a parameter; "
                 f"got {tuple(v.shape)}"
             )
-        if v.dtype != self.dtype or v.device != self.device:
+        if v.dtype not in (self.dtype, self._wide) or v.device != self.device:
             raise ValueError(
                 f"H @ v needs {self.dtype} on {self.device}, as the parameters are; "
                 f"got {v.dtype} on {v.device}"
@@ -249,6 +266,10 @@ class Hessian:
     def gradient(self) -> Tensor:
         """The gradient at the current parameters, flat (P,)."""
         return self._evaluate().gradient.clone()
+
+    def position(self) -> Tensor:
+        """The current parameters, flat (P,), as a copy."""
+        return self._objective.flatten([p.detach() for p in self.params])
 
     def reset(self) -> None:
         """Forget what was kept: to be called when data that the closure reads have changed."""
@@ -298,7 +319,7 @@ class Hessian:
             left = max_hvps - (self.hvps - before)
             ritz = lanczos_top(self._apply, draw, k, tol, left)
         if not ritz.converged:
-            worst = float(ritz.residuals[:k].max()) / (scale(ritz.values, self.dtype) or 1.0)
+            worst = float(ritz.residuals[:k].max()) / (scale(ritz.values, self._wide) or 1.0)
             _warn(
                 f"top({k=}, {tol=}) stopped after {self.hvps - before} HVPs at a relative residual "
                 f"of {worst:.1e}; raise max_hvps or tol"
@@ -333,7 +354,7 @@ class Hessian:
                 # a few vectors together share one reading of the data
                 shape = min(4, max_hvps - len(samples)), self.shape[0]
                 bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
-                signs = (2 * bits - 1).to(device=self.device, dtype=self.dtype)
+                signs = (2 * bits - 1).to(device=self.device, dtype=self._wide)
                 for v, image in zip(signs, self._apply(signs), strict=True):
                     samples.append(float(inner(v[None], image[None])))
                 value = float(np.mean(samples))
@@ -473,7 +494,8 @@ class Hessian:
     # ------------------------------------------------------------------ products
 
     def _apply(self, rows: Tensor) -> Tensor:
-        """H times each row of (m, P), as rows (m, P)."""
+        """H times each row of (m, P), as rows (m, P) of the same dtype."""
+        wide, rows = rows.dtype, rows.to(self.dtype)
         if self.mode == "forward":
             try:
                 out = self._forward_products(rows)
@@ -485,6 +507,7 @@ class Hessian:
         if self.mode == "graph":
             out = self._graph_products(rows)
         self.hvps += len(rows)
+        out = out.to(wide)
         if not bool(torch.isfinite(out).all()):
             raise FloatingPointError(
                 "a Hessian-vector product is not finite: neither is the vector, or the loss has "
@@ -606,7 +629,7 @@ class Hessian:
     def _draw(self, seed: int) -> Callable[[int], Tensor]:
         """A source of Gaussian rows, the same on every device."""
         generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
-        size, dtype, device = self.shape[0], self.dtype, self.device
+        size, dtype, device = self.shape[0], self._wide, self.device
         return lambda m: torch.randn(m, size, generator=generator).to(device=device, dtype=dtype)
 
     def _checked_start(self, start: Tensor) -> Tensor:
@@ -616,12 +639,12 @@ class Hessian:
             raise ValueError(f"start must be a tensor of shape ({size}, m), got {got}")
         if not bool(torch.isfinite(start).all()):
             raise ValueError("start must be finite")
-        return start.detach().to(device=self.device, dtype=self.dtype).T.contiguous()
+        return start.detach().to(device=self.device, dtype=self._wide).T.contiguous()
 
     def _pairs(self, ritz: Ritz, k: int, before: int) -> Eigenpairs:
-        values, rows, residuals, converged = ritz
+        values, rows, residuals, converged, ahead = ritz
         spent = self.hvps - before
-        return Eigenpairs(values[:k], rows[:k].T, residuals[:k], spent, converged, rows.T)
+        return Eigenpairs(values[:k], rows[:k].T, residuals[:k], spent, converged, rows.T, ahead.T)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -22,7 +22,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Krylov", "Ritz", "guards", "inner", "lanczos", "lanczos_top", "lobpcg", "scale"]
+__all__ = [
+    "Krylov",
+    "Ritz",
+    "extrapolate",
+    "guards",
+    "inner",
+    "lanczos",
+    "lanczos_top",
+    "lobpcg",
+    "missing",
+    "scale",
+]
 
 Apply = Callable[[Tensor], Tensor]  # rows (m, P) -> H times each row, (m, P)
 Draw = Callable[[int], Tensor]  # m -> m random rows (m, P)
@@ -35,6 +46,7 @@ class Ritz(NamedTuple):
     rows: Tensor  # (m, P) orthonormal
     residuals: Tensor  # (m,) float64
     converged: bool
+    ahead: Tensor  # (m, P) rows a power step nearer to the eigenvectors, where it costs no product
 
 
 def guards(k: int) -> int:
@@ -157,7 +169,7 @@ def lanczos_top(apply: Apply, draw: Draw, k: int, tol: float, max_products: int)
             break
     m = min(steps, k + guards(k))
     rows = vectors[:, :m].T.to(krylov.rows) @ krylov.rows
-    return Ritz(values[:m], rows, residuals[:m], met and done)
+    return Ritz(values[:m], rows, residuals[:m], met and done, rows)
 
 
 def lobpcg(apply: Apply, draw: Draw, start: Tensor, k: int, tol: float, max_products: int) -> Ritz:
@@ -170,11 +182,15 @@ def lobpcg(apply: Apply, draw: Draw, start: Tensor, k: int, tol: float, max_prod
     The basis is kept orthonormal, hence P is formed in its coordinates.
 
     Rows of `start` beyond k are guards: they take part, but their residuals are not pursued.
+
+    The products of the certificate make one more power step for nothing: `ahead` are the rows
+    H x / theta. (Where theta is small beside the largest, its quarter divides, lest the step leap.)
     """
     basis = _orthonormal(start)
     if len(basis) < k:  # of too low rank: filled up at random
         basis = torch.cat([basis, _orthonormal(draw(k - len(basis)), basis)])
-    m = spent = len(basis)
+    m, eps = len(basis), torch.finfo(basis.dtype).eps
+    spent = m
     image = apply(basis)
     while True:
         projected = inner(basis, image)
@@ -188,6 +204,7 @@ def lobpcg(apply: Apply, draw: Draw, start: Tensor, k: int, tol: float, max_prod
         basis, image = turn.T.to(basis) @ basis, turn.T.to(basis) @ image
         defects = image[:m] - values.to(basis)[:, None] * basis[:m]
         residuals = torch.stack([inner(row[None], row[None])[0, 0] for row in defects]).sqrt()
+        residuals = residuals.clamp(min=eps * float(values.abs().max()))  # no less than rounding
         pursued = torch.nonzero(residuals[:k] > tol * scale(values, basis.dtype))[:, 0]
         if len(pursued) == 0 or spent + len(pursued) > max_products:
             break
@@ -196,7 +213,72 @@ def lobpcg(apply: Apply, draw: Draw, start: Tensor, k: int, tol: float, max_prod
             break
         basis, image = torch.cat([basis, fresh]), torch.cat([image, apply(fresh)])
         spent += len(fresh)
-    return Ritz(values, basis[:m], residuals, len(pursued) == 0)
+    divisors = values.clamp(min=scale(values, basis.dtype) / 4)
+    ahead = basis[:m] + defects / divisors.to(basis)[:, None]
+    return Ritz(values, basis[:m], residuals, len(pursued) == 0, ahead)
+
+
+# ------------------------------------------------------------------ subspaces along a path
+
+
+def extrapolate(points: list[Tensor], spans: list[Tensor], point: Tensor, noise: float) -> Tensor:
+    r"""A guess of the span at `point`, from what it was at points near by.
+
+    To first order a span depends on the point linearly. Where the point is an affine combination
+    of the known ones, the span is then the same combination of the known spans, each turned within
+    itself to lie closest to the last one (orthogonal Procrustes). The coefficients minimise, over
+    $\sum_j c_j = 1$,
+
+    $$d^2\, |x - \textstyle\sum_j c_j x_j|^2 + \epsilon^2 \textstyle\sum_j c_j^2 ,$$
+
+    the expected square error of a combination of rows that carry errors $\epsilon$ each, where the
+    span turns by d a unit of length, estimated from the spans themselves (median over the pairs
+    with the last one). Spans that hardly turn are averaged, others are followed.
+
+    Args:
+        points: (P,) each, two at least, the last one nearest.
+        spans: (m, P) rows, nearly orthonormal, at these points.
+        point: (P,) where the span is wanted.
+        noise: epsilon, the error of a row.
+
+    Returns:
+        (m, P) rows, nearly orthonormal as long as the spans differ little.
+
+    Source: the coefficients come from the points, as in Polack, Dusson, Stamm & Lipparini 2021,
+    *Grassmann extrapolation of density matrices for Born-Oppenheimer molecular dynamics*; the
+    weighting by noise, and working with rows in place of the manifold's tangents, are ours.
+    """
+    *earlier, last = spans
+    moved = torch.stack([x - points[-1] for x in points[:-1]])
+    lengths = inner(moved, moved)
+    wanted = inner(moved, (point - points[-1])[None])[:, 0]
+    turns, nearest, size = [], [], _square(last)
+    for span in earlier:
+        left, cosines, right = torch.linalg.svd(inner(last, span))
+        turns.append((size + _square(span) - 2 * float(cosines.sum())) / len(last))
+        nearest.append(left @ right)
+    away = lengths.diagonal() > 0
+    rates = (torch.tensor(turns, dtype=torch.float64) / lengths.diagonal())[away]
+    rate = float(rates.median()) if len(rates) else 0.0
+    if not rate > 0 or not bool(torch.isfinite(wanted).all()):  # nothing turned, or no number
+        return last
+    # moves along one line leave the coefficients open but for the penalty, which has a floor
+    penalty = max(noise**2 / rate, 1e-9 * float(lengths.trace()))
+    ones = torch.ones(len(earlier), dtype=torch.float64)
+    # the last coefficient is 1 minus the others: its square is penalised with theirs
+    system = lengths + penalty * (ones.diag() + torch.outer(ones, ones))
+    weights = torch.linalg.solve(system, wanted + penalty)
+    guess = (1 - float(weights.sum())) * last
+    for weight, turn, span in zip(weights, nearest, earlier, strict=True):
+        guess += (weight * turn).to(span) @ span
+    return guess
+
+
+def missing(start: Tensor, rows: Tensor) -> float:
+    """The share of orthonormal `rows` that lies outside the span of `start`, 0 to 1 (a sine)."""
+    along = inner(start, rows)
+    within = float((along * (torch.linalg.pinv(inner(start, start), hermitian=True) @ along)).sum())
+    return math.sqrt(max(0.0, 1 - within / len(rows)))
 
 
 # ------------------------------------------------------------------ reductions in float64
@@ -210,7 +292,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(row: Tensor) -> float:
-    return math.sqrt(float(inner(row[None], row[None])))
+    return math.sqrt(_square(row[None]))
+
+
+def _square(rows: Tensor) -> float:
+    return float(inner(rows, rows).trace())
 
 
 def _orthogonal(row: Tensor, basis: Tensor) -> Tensor:

@@ -332,7 +332,6 @@ class SAM:
         for p, g, radius in zip(all_params, grads, radii_of, strict=True):
             if g is None or radius == 0:
                 continue
-            self._check_kind(p, g)
             if g.shape != p.shape:
                 raise ValueError(
                     f"grads: {self._name(p)} has the shape {tuple(p.shape)}, its gradient "
@@ -343,6 +342,7 @@ class SAM:
             radii.append(radius)
         if not params:
             return [], []
+        self._check_kinds(params, directions)
         with torch.no_grad():
             if scale is not None:
                 # of float16 gradients the quotient would underflow
@@ -475,9 +475,10 @@ class SAM:
         }
 
     def _check_state(self, state: Any) -> None:
-        name, shapes = _name_of(self.method), [p.shape for p in self.params]
+        name = _name_of(self.method)
         if not isinstance(state, dict):
             raise TypeError(f"the method {name} must return a dict as its state, got {state!r:.80}")
+        shapes = [p.shape for p in self.params] if state else []
         for key, value in state.items():
             if isinstance(value, list):
                 if [getattr(t, "shape", None) for t in value] != shapes:
@@ -556,8 +557,7 @@ class SAM:
             self.optimizer.step()
             self._state = state
             return
-        for p, grad in zip(owners, grads, strict=True):
-            self._check_kind(p, grad)
+        self._check_kinds(owners, grads)
         old = {id(t) for value in self._state.values() if isinstance(value, list) for t in value}
         new = [t for value in state.values() if isinstance(value, list) for t in value]
         finite = torch.isfinite(global_norm([*grads, *seen, *(t for t in new if id(t) not in old)]))
@@ -587,8 +587,13 @@ class SAM:
         method = "" if self.method is plain else f", method={_name_of(self.method)}"
         return f"SAM({name}, rho={self.rho}, rule={_rule_name(self.rule)}{method})"
 
-    def _check_kind(self, p: Tensor, g: Tensor) -> None:
-        if g.layout != torch.strided or g.is_complex():
+    def _check_kinds(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        # many small parameters would feel a call for each, or a search for names
+        if all(g.layout is torch.strided and not g.is_complex() for g in grads):
+            return
+        for p, g in zip(params, grads, strict=True):
+            if g.layout is torch.strided and not g.is_complex():
+                continue
             raise ValueError(
                 "SAM needs dense and real gradients; that of "
                 f"{self._name(p)} is {g.dtype}, {g.layout} (an embedding: give sparse=False)"
@@ -722,13 +727,14 @@ class _Look:
             loss, self._each = self._sam._backward(self._closures, examples)
         self.seen.append(loss)
         grads: list[Tensor] = []
+        reached = [p for p in self.params if p.grad is not None]
+        self._sam._check_kinds(reached, [p.grad for p in reached if p.grad is not None])
         for i, p in enumerate(self.params):
             if p.grad is None:
                 if i not in self._zeros:
                     self._zeros[i] = torch.zeros_like(p)
                 grads.append(self._zeros[i])
                 continue
-            self._sam._check_kind(p, p.grad)
             self._reached[i] = True
             grads.append(p.grad.clone() if self._views else p.grad)
             p.grad = None

@@ -1,10 +1,15 @@
 """The sharpness along a training run, for a few Hessian-vector products a step.
 
 Between two optimizer steps the top eigenvectors turn only a little. `SharpnessTracker` starts each
-measurement from vectors it has (LOBPCG, see `sam_lab.eigensolvers`) and stops as soon as their
-residuals are small. It starts from the vectors of one measurement ago or of two, whichever was the
-better guess last time: at the edge of stability the iterate swings from one wall of the valley to
-the other and back, and what was found on the same wall is nearer.
+measurement from a guess that costs no product (LOBPCG, see `sam_lab.eigensolvers`) and stops as
+soon as the residuals are small. There are three guesses, and the one is taken that was nearest to
+what was found in the latest measurements:
+
+- the vectors of the measurement before;
+- those of the one before that: at the edge of stability the iterate swings from one wall of the
+  valley to the other and back, and what was found on the same wall is nearer;
+- those that the move of the parameters predicts from the last few measurements
+  (`eigensolvers.extrapolate`): where the loss is smooth and the steps are short, the nearest.
 
 What a warm start cannot see: a residual says that *some* eigenvalue is near. A direction that
 overtakes the tracked ones from outside leaves their residuals small. Guard vectors (for k > 1)
@@ -28,9 +33,13 @@ from torch import Tensor, nn
 
 from sam_lab._checks import check_integer, check_positive
 from sam_lab.curvature import Eigenpairs, Hessian
+from sam_lab.eigensolvers import extrapolate, missing
 from sam_lab.objective import Closure
 
 __all__ = ["SharpnessTracker"]
+
+DEPTH = 4
+"""Measurements that a guess is made from."""
 
 
 class SharpnessTracker:
@@ -46,6 +55,9 @@ class SharpnessTracker:
         audit_every: measurements from one audit to the next; None for no audits.
         seed: seed of the random starts.
         max_hvps: most products of one measurement, its audit apart.
+
+    Memory: the parameters and the vectors of the last four measurements, which for P parameters are
+    8 P numbers with k = 1 and 4 (k + 3) P with more.
 
     What it costs depends on how fast the top eigenvector turns. Eleven problems that a seed drew
     (`book/results/bench_tracker.json`: fully connected and convolutional networks, Transformers, a
@@ -102,8 +114,7 @@ class SharpnessTracker:
         self.max_hvps = check_integer("max_hvps", max_hvps, k)
         self.measurements = self.hvps = 0
         self.audits = self.audit_hvps = self.false_convergences = self.crossings = 0
-        self._blocks: list[Tensor] = []  # of the latest measurements, the last one last
-        self._lag = 1  # which of them to start from, counted from the end
+        self.reset()
 
     def measure(self) -> Eigenpairs:
         """The top eigenpairs at the current parameters.
@@ -121,7 +132,9 @@ class SharpnessTracker:
             FloatingPointError: the loss or a product is not finite: the run has diverged.
         """
         seed = self.seed + self.measurements
-        start = self._blocks[-self._lag] if self._blocks else None
+        here = self.hessian.position()
+        guesses = self._guesses(here)
+        start = guesses[self._nearest(guesses)].T if guesses else None
         pairs = self._top(seed, start)
         spent, checked, missed = pairs.hvps, 0, False
         # a start at random, as the first, needs no audit
@@ -139,34 +152,53 @@ class SharpnessTracker:
         self.audit_hvps += checked
         self.false_convergences += missed
         self.crossings += pairs.crossing
-        self._remember(pairs)
+        self._remember(pairs, here, guesses)
         return pairs
 
     def reset(self) -> None:
         """Forget all vectors: the next measurement starts at random."""
-        self._blocks, self._lag = [], 1
+        self._before: Tensor | None = None  # (P, m) block of the measurement before
+        self._points: list[Tensor] = []  # parameters at the latest measurements, the last one last
+        self._spans: list[Tensor] = []  # (m, P) rows near the eigenvectors there
+        self._errors: dict[str, float] = {}  # how far each guess lay off, late ones counting most
 
     def _top(self, seed: int, start: Tensor | None) -> Eigenpairs:
         return self.hessian.top(self.k, self.tol, seed, self.max_hvps, start)
 
+    def _guesses(self, here: Tensor) -> dict[str, Tensor]:
+        """Rows to start from, by the name of the guess."""
+        spans = self._spans
+        guesses = {"last": spans[-1]} if spans else {}
+        if len(spans) > 1:
+            guesses["before"] = spans[-2]
+        if len(spans) > 2 and len({len(span) for span in spans}) == 1:
+            guesses["predicted"] = extrapolate(self._points, spans, here, self.tol / 2)
+        return guesses
+
+    def _nearest(self, guesses: dict[str, Tensor]) -> str:
+        """The guess that was nearest of late; one that has not been seen yet comes last."""
+        return min(guesses, key=lambda name: self._errors.get(name, 1.0 + (name != "last")))
+
     def _aligned(self, pairs: Eigenpairs, hvps: int) -> Eigenpairs:
         """The same pairs with the signs of their predecessors, and whether the first crossed."""
-        block, crossing = pairs.block, False
-        if self._blocks:
-            before = self._blocks[-1]
-            width = min(block.shape[1], before.shape[1])
-            along = (block[:, :width] * before[:, :width]).sum(0)
+        block, ahead, crossing = pairs.block, pairs.ahead, False
+        if self._before is not None:
+            width = min(block.shape[1], self._before.shape[1])
+            along = (block[:, :width] * self._before[:, :width]).sum(0)
             crossing = float(along[0]) ** 2 < 0.5
             signs = torch.ones(block.shape[1], dtype=block.dtype, device=block.device)
             signs[:width] = torch.where(along < 0, -1.0, 1.0)
-            block = block * signs
+            block, ahead = block * signs, ahead * signs
         vectors = block[:, : pairs.vectors.shape[1]]
-        return replace(pairs, vectors=vectors, hvps=hvps, block=block, crossing=crossing)
+        return replace(
+            pairs, vectors=vectors, hvps=hvps, block=block, ahead=ahead, crossing=crossing
+        )
 
-    def _remember(self, pairs: Eigenpairs) -> None:
-        """Keep the block, and see which of the two before it spans what was found better."""
-        if len(self._blocks) == 2:
-            older, newer = (float((b.T @ pairs.vectors).square().sum()) for b in self._blocks)
-            # the next start: the block that stands to it as the better one stood to this
-            self._lag = 2 if older > newer else 1
-        self._blocks = [*self._blocks[-1:], pairs.block]
+    def _remember(self, pairs: Eigenpairs, here: Tensor, guesses: dict[str, Tensor]) -> None:
+        """Keep what was found and where, and see how far off each guess was."""
+        for name, guess in guesses.items():
+            error = missing(guess, pairs.vectors.T)
+            self._errors[name] = (self._errors.get(name, error) + error) / 2
+        self._before = pairs.block
+        self._points = [*self._points, here][-DEPTH:]
+        self._spans = [*self._spans, pairs.ahead.T.contiguous()][-DEPTH:]

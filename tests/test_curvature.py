@@ -525,3 +525,17 @@ def test_a_compiled_model_has_the_hessian_of_the_module_beneath(mode):
     v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     compiled(x).sum().backward()  # compiled before
     torch.testing.assert_close(hessian(compiled) @ v, hessian(model) @ v)
+
+
+def test_vectors_of_half_precision_parameters_may_be_float32():
+    """Eigenvectors then are; the product itself runs in the dtype of the parameters."""
+    w = torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    H = Hessian(lambda: 3 * w[0] ** 2 + w[1] ** 2, [w])
+    v = torch.tensor([1.0, -2.0])
+    assert torch.equal(H @ v, torch.tensor([6.0, -4.0]))
+    assert torch.equal(H @ v.bfloat16(), torch.tensor([6.0, -4.0], dtype=torch.bfloat16))
+    pairs = H.top(1, tol=1e-2)
+    assert pairs.vectors.dtype == pairs.block.dtype == torch.float32
+    assert pairs.values.item() == pytest.approx(6.0, rel=1e-2)
+    with pytest.raises(ValueError, match=r"H @ v needs torch.bfloat16"):
+        H @ v.double()

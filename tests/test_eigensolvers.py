@@ -1,11 +1,21 @@
 """Lanczos and LOBPCG on matrices whose eigenvalues are known."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sam_lab.eigensolvers import guards, inner, lanczos, lanczos_top, lobpcg
+from sam_lab.eigensolvers import (
+    extrapolate,
+    guards,
+    inner,
+    lanczos,
+    lanczos_top,
+    lobpcg,
+    missing,
+)
 
 
 class Counted:
@@ -155,3 +165,82 @@ def test_inner_products_are_summed_in_float64():
     ones = torch.full((1, 3_000_000), 0.1, dtype=torch.float32)
     expected = 3_000_000 * float(ones[0, 0]) ** 2
     assert float(inner(ones, ones)) == pytest.approx(expected, rel=1e-9)
+
+
+def plane(angle):
+    """Two orthonormal rows in 6 dimensions; the first turns towards the third axis."""
+    rows = torch.zeros(2, 6, dtype=torch.float64)
+    rows[0, 0], rows[0, 2] = math.cos(angle), math.sin(angle)
+    rows[1, 1] = 1
+    return rows
+
+
+def path(*places):
+    return [torch.tensor([place, 0.0], dtype=torch.float64) for place in places]
+
+
+def test_a_span_that_turns_evenly_is_extrapolated_to_second_order():
+    errors = []
+    for step in (0.1, 0.05):
+        spans = [plane(i * step) for i in range(3)]
+        guess = extrapolate(path(0, step, 2 * step), spans, path(3 * step)[0], 1e-9)
+        errors.append(missing(guess, plane(3 * step)))
+        assert errors[-1] < 0.3 * missing(spans[-1], plane(3 * step))
+    assert errors[1] < errors[0] / 3.5
+
+
+def test_a_point_between_two_known_ones_is_interpolated_whatever_came_last():
+    """The edge of stability: the iterate swings to the other wall and back."""
+    spans = [plane(0.2), plane(-0.2), plane(0.2), plane(-0.2)]
+    guess = extrapolate(path(1, -1, 1, -1), spans, path(1)[0], 1e-9)
+    assert missing(guess, plane(0.2)) < 1e-6
+
+
+def test_signs_and_turns_within_a_span_do_not_matter():
+    c, s = math.cos(1.0), math.sin(1.0)
+    turn = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    plain = [plane(i * 0.1) for i in range(3)]
+    turned = [turn @ plain[0], -plain[1], plain[2]]
+    places, target = path(0, 1, 2), path(3)[0]
+    torch.testing.assert_close(
+        extrapolate(places, turned, target, 1e-6), extrapolate(places, plain, target, 1e-6)
+    )
+
+
+def test_spans_that_differ_by_noise_alone_are_averaged():
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.01
+    spans = [
+        plane(0.0) + noise * torch.randn(2, 6, generator=generator, dtype=torch.float64) / 6**0.5
+        for _ in range(4)
+    ]
+    # far along the line: an extrapolation that followed the noise would magnify it
+    guess = extrapolate(path(0, 1, 2, 3), spans, path(9)[0], noise)
+    assert missing(guess, plane(0.0)) < 2 * noise
+
+
+@pytest.mark.parametrize("target", [0.0, float("inf"), float("nan")])
+def test_an_extrapolation_without_moves_or_numbers_is_the_last_span(target):
+    spans = [plane(0.1), plane(0.0)]
+    where = path(0, 0) if target == 0.0 else path(0, 1)
+    guess = extrapolate(where, spans, path(target)[0], 1e-3)
+    assert torch.isfinite(guess).all()
+    assert missing(guess, plane(0.0)) <= missing(spans[0], plane(0.0)) + 1e-12
+
+
+def test_what_is_missing_is_a_sine():
+    assert missing(plane(0.0)[:1], plane(0.3)[:1]) == pytest.approx(math.sin(0.3))
+    assert missing(plane(0.0), plane(0.0)) == 0.0
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_rows_ahead_are_nearer_than_the_certified_ones(k):
+    values = torch.cat([torch.linspace(3, 5, 6), torch.linspace(-0.5, 0.5, 60)])
+    operator = Counted(values.tolist())
+    order = values.double().argsort(descending=True)
+    exact = operator.vectors[:, order[: k + guards(k)]].T
+    start = exact + 0.3 * operator.draw(len(exact)) / len(values) ** 0.5
+    found = lobpcg(operator, operator.draw, start, k, 2e-2, 500)
+    assert found.converged
+    before, after = (missing(rows, exact[:k]) for rows in (found.rows, found.ahead))
+    assert after < 0.7 * before

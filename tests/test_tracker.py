@@ -1,5 +1,6 @@
 """The tracker against dense curvature, its budget of products, and faults in the middle."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -154,6 +155,25 @@ def test_an_oscillation_of_period_two_is_met_with_the_vectors_of_two_steps_ago()
 
 
 @pytest.mark.parametrize("k", [1, 3])
+def test_vectors_that_turn_as_the_parameters_move_are_met_where_they_will_be(k):
+    """A measurement that finds its guess good enough costs a product for each vector it keeps."""
+    loss = Quadratic([5.0, 3.0, 2.5, 2.0] + [0.1] * 30)
+    start, angle = loss.vectors.clone(), 0.05  # a residual of 2 sin .05, ten times the tolerance
+    tracker = SharpnessTracker(loss, [loss.w], k=k)
+    spent = []
+    for step in range(12):
+        c, s = np.cos(angle * step), np.sin(angle * step)
+        loss.vectors = start.clone()
+        loss.vectors[:, 0] = c * start[:, 0] + s * start[:, 9]
+        loss.vectors[:, 9] = c * start[:, 9] - s * start[:, 0]
+        loss.set(loss.values.tolist())
+        with torch.no_grad():
+            loss.w.copy_(step * start[:, 20])
+        spent.append(tracker.measure().hvps)
+    assert spent[5:] == [k + (2 if k > 1 else 0)] * 7
+
+
+@pytest.mark.parametrize("k", [1, 3])
 def test_a_crossing_is_said(k):
     """Two eigenvalues change places: the sharpness is continuous, its vector is another one."""
     loss = Quadratic([5.0, 4.5, 3.0, 1.0, 0.5, -2.0])
@@ -239,10 +259,12 @@ def test_an_exception_leaves_the_tracker_as_it_was(failure):
     assert tracker.measure().values.item() == pytest.approx(5.0, rel=1e-3)
 
 
-def test_a_run_that_diverged_raises():
+@pytest.mark.parametrize("measured", [1, 4])
+def test_a_run_that_diverged_raises(measured):
     loss = Quadratic([5.0, 3.0])
     tracker = SharpnessTracker(loss, [loss.w])
-    tracker.measure()
+    for _ in range(measured):
+        tracker.measure()
     with torch.no_grad():
         loss.w.fill_(torch.inf)
     with pytest.raises(FloatingPointError):
@@ -302,3 +324,27 @@ def test_a_hessian_brings_its_own_parameters():
     loss = Quadratic([5.0, 3.0])
     with pytest.raises(ValueError, match="leave them out"):
         SharpnessTracker(Hessian(loss, [loss.w]), [loss.w])
+
+
+def test_parameters_of_half_precision_are_tracked_as_cheaply_as_others(digits):
+    """Vectors of half precision would be worth a few thousandths: a warm start then fails."""
+    x, y = digits[0][:100], digits[1][:100]
+    spent, values = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        descent = Descent((x, y))
+        model = copy.deepcopy(descent.model).to(dtype)
+        inputs = x.to(dtype)
+
+        def loss(model=model, inputs=inputs):
+            return 0.5 * (model(inputs).float() - y).square().sum(1).mean()
+
+        tracker = SharpnessTracker(loss, model.parameters())
+        for _ in range(8):
+            model.load_state_dict(descent.model.state_dict())
+            pairs = tracker.measure()
+            assert pairs.converged and pairs.vectors.dtype == torch.float32
+            spent.setdefault(dtype, []).append(pairs.hvps)
+            values.setdefault(dtype, []).append(pairs.values.item())
+            descent.steps()
+    assert max(spent[torch.bfloat16][1:]) <= max(spent[torch.float32][1:]) + 2
+    np.testing.assert_allclose(values[torch.bfloat16], values[torch.float32], rtol=2e-2)
