@@ -182,8 +182,8 @@ class Hessian:
         self._choose = mode == "auto"
         if self._choose:
             # One batch: the kept graph wins. Gradients a product, on one CPU thread: kept graph
-            # 1.4 to 2.2 (3.8 through layer norm alone), graph built anew 2.0 to 3.4 (6.3), forward
-            # 1.7 to 4.8 (13): benchmarks/curvature.py and, by layer, benchmarks/layers.py. With
+            # 1.4 to 2.3 (4.3 through layer norm alone), graph built anew 2.0 to 3.5 (6.8), forward
+            # 1.7 to 4.8 (14): benchmarks/curvature.py and, by layer, benchmarks/layers.py. With
             # several batches no graph can be kept; on a GPU forward mode is then reported to take
             # the same time and two thirds of the memory (curvlinops pull request 201; we have
             # not measured it).

@@ -20,8 +20,6 @@ from sam_lab.experiments.lab.result import ResultError
 CHECKOUT = Path(__file__).parents[1]
 RESULTS = CHECKOUT / "book" / "results"
 PEERS = {m.package for m in bench.METHODS if m.package}
-# shipped without what others cost: the machine that measured it had none of them installed
-WITHOUT_PEERS = {"layers"}
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +238,7 @@ def test_the_shipped_results_are_whole_and_their_commands_name_benchmarks(monkey
         command = result["provenance"]["command"].split()
         assert command[:3] == ["python", "-m", "benchmarks"] and "--quick" not in command
         assert command[3:] == [] or (name in command[3:] and set(command[3:]) <= set(known))
-        assert ("missing" in known[name].table(result)) == (name in WITHOUT_PEERS)
+        assert "missing" not in known[name].table(result)
 
 
 @pytest.mark.slow
