@@ -164,7 +164,8 @@ def test_every_slider_changes_its_figure_by_keyboard_and_by_mouse(page_name, loo
         first, second, last = seen_so_far[-3:]
         for part in range(3):  # the picture, its alternative text and the value beside the handle
             assert first[part] != second[part], (index, axis, part)
-            assert second[part] != last[part], (index, axis, part)
+            if handle.get_attribute("max") != "1":  # of two values the second is the last
+                assert second[part] != last[part], (index, axis, part)
         box = handle.bounding_box()
         page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
         assert shown() == first
