@@ -188,7 +188,7 @@ def test_a_step_of_sam_looks_at_the_perturbed_weights():
     g = net.gradient(weights, x, y)
     assert np.linalg.norm(g) > 0
     there = net.gradient(weights + 0.3 * g / np.linalg.norm(g), x, y)
-    found = task._STEPS["sam"](net, weights, x, y, config, np.random.default_rng(0))
+    found = task._step("sam", net, weights, x, y, config, np.random.default_rng(0))
     assert found == pytest.approx(weights - 0.1 * there)
 
 
@@ -197,7 +197,7 @@ def test_sam_rests_where_there_is_no_gradient():
     x, _ = task.draw(1, 5, np.random.default_rng(1))
     weights = weights_of(net)
     y = net.outputs(weights, x)
-    found = task._STEPS["sam"](net, weights, x, y, TINY, np.random.default_rng(0))
+    found = task._step("sam", net, weights, x, y, TINY, np.random.default_rng(0))
     assert (found == weights).all()
 
 

@@ -26,12 +26,13 @@ set, after runs on one other draw. All in float64.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sam_lab.experiments.critics import from_a_fit
+from sam_lab.experiments.critics.from_a_fit import METHODS
 from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
@@ -40,8 +41,6 @@ from sam_lab.experiments.lab.statistics import farthest_from_one
 __all__ = ["METHODS", "Config", "floor", "gradient", "nuclear", "product", "trace"]
 
 Floats = NDArray[np.float64]
-METHODS = ("sgd", "sam", "label_noise")
-"""What goes on from the fit of gradient descent, with one measurement a step."""
 
 
 @dataclass(frozen=True)
@@ -192,15 +191,13 @@ def fitted(config: Config, factors: Floats, measures: Floats, y: Floats) -> Floa
     Raises:
         FloatingPointError: gradient descent has diverged, or has not got there.
     """
-    for _ in range(FIT_STEPS):
-        loss = _loss(factors, measures, y)
-        if loss <= config.level:
-            return factors
-        if not math.isfinite(loss):
-            break
-        factors = factors - config.fit_lr * gradient(factors, measures, y)
-    raise FloatingPointError(
-        f"gradient descent has not reached a training loss of {config.level:g}, it is {loss:g}"
+    return from_a_fit.fitted(
+        factors,
+        lambda w: _loss(w, measures, y),
+        lambda w: gradient(w, measures, y),
+        config.fit_lr,
+        config.level,
+        FIT_STEPS,
     )
 
 
@@ -218,14 +215,16 @@ def _step(
     rng: np.random.Generator,
 ) -> Floats:
     """A step on one measurement."""
-    if method == "label_noise":
-        y = y + config.noise * rng.choice([-1.0, 1.0], y.shape)
-    g = gradient(factors, measure, y)
-    if method == "sam":
-        length = math.sqrt(float(np.square(g).sum()))
-        if length > 0:
-            g = gradient(factors + config.rho / length * g, measure, y)
-    return factors - config.lr * g
+    return from_a_fit.step(
+        method,
+        factors,
+        lambda w, labels: gradient(w, measure, labels),
+        y,
+        config.lr,
+        config.rho,
+        config.noise,
+        rng,
+    )
 
 
 # --- what a run says -----------------------------------------------------------------------------

@@ -37,13 +37,14 @@ errs more was added after the run of all seeds, where one of five did learn. All
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sam_lab._checks import check_integer
+from sam_lab.experiments.critics import from_a_fit
+from sam_lab.experiments.critics.from_a_fit import METHODS
 from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment, Studies, Study
 from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
@@ -54,8 +55,6 @@ __all__ = ["KINDS", "METHODS", "Config", "Net", "draw", "error", "memoriser", "r
 Floats = NDArray[np.float64]
 KINDS = ("no_bias", "bias", "normed")
 """Two-layer ReLU networks: without biases, with biases, and with both these and a normalisation."""
-METHODS = ("sgd", "sam", "label_noise")
-"""What goes on from the fit of gradient descent, with batches of one example."""
 
 
 @dataclass(frozen=True)
@@ -322,19 +321,16 @@ def _train(config: Config, cell: Cell) -> Columns:
         weights = memoriser(net, x, y)
 
     def fitted(weights: Floats) -> Floats:
-        for _ in range(FIT_STEPS):
-            loss = net.loss(weights, x, y)
-            if loss <= config.level:
-                return weights
-            if not math.isfinite(loss):
-                break
-            weights = weights - fit_lr * net.gradient(weights, x, y)
-        raise FloatingPointError(
-            f"gradient descent has not reached a training loss of {config.level:g}, it is {loss:g}"
+        return from_a_fit.fitted(
+            weights,
+            lambda w: net.loss(w, x, y),
+            lambda w: net.gradient(w, x, y),
+            fit_lr,
+            config.level,
+            FIT_STEPS,
         )
 
     weights = fitted(weights)
-    step = _STEPS[cell["method"]]
     rng = np.random.default_rng([cell.seed, 2])
     rows = Rows()
     for at in range(config.steps + 1):
@@ -352,41 +348,33 @@ def _train(config: Config, cell: Cell) -> Columns:
                 break
         if at < config.steps:
             i = rng.integers(len(x), size=1)
-            weights = step(net, weights, x[i], y[i], config, rng)
+            weights = _step(cell["method"], net, weights, x[i], y[i], config, rng)
     return rows.columns
 
 
-Step = Callable[[Net, Floats, Floats, Floats, Config, np.random.Generator], Floats]
-
-
-def _lr(net: Net, config: Config) -> float:
-    return config.lr_normed if net.kind == "normed" else config.lr
-
-
-def _sgd(
-    net: Net, weights: Floats, x: Floats, y: Floats, config: Config, rng: np.random.Generator
+def _step(
+    method: str,
+    net: Net,
+    weights: Floats,
+    x: Floats,
+    y: Floats,
+    config: Config,
+    rng: np.random.Generator,
 ) -> Floats:
-    return weights - _lr(net, config) * net.gradient(weights, x, y)
+    """A step on one example."""
+    lr = config.lr_normed if net.kind == "normed" else config.lr
+    return from_a_fit.step(
+        method,
+        weights,
+        lambda w, labels: net.gradient(w, x, labels),
+        y,
+        lr,
+        config.rho,
+        config.noise,
+        rng,
+    )
 
 
-def _sam(
-    net: Net, weights: Floats, x: Floats, y: Floats, config: Config, rng: np.random.Generator
-) -> Floats:
-    g = net.gradient(weights, x, y)
-    length = math.sqrt(g @ g)
-    if length > 0:
-        g = net.gradient(weights + config.rho / length * g, x, y)
-    return weights - _lr(net, config) * g
-
-
-def _label_noise(
-    net: Net, weights: Floats, x: Floats, y: Floats, config: Config, rng: np.random.Generator
-) -> Floats:
-    noisy = y + config.noise * rng.choice([-1.0, 1.0], y.shape)
-    return _sgd(net, weights, x, noisy, config, rng)
-
-
-_STEPS: dict[str, Step] = {"sgd": _sgd, "sam": _sam, "label_noise": _label_noise}
 STUDIES = Studies(
     Study("train", _train_settings, _train),
     Study("by_hand", _by_hand_settings, _by_hand),
