@@ -25,7 +25,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -275,6 +275,30 @@ class EdgeRecorder:
     def share(self) -> float:
         """Share of the time since the recorder was made that went into measuring."""
         return self.seconds / (time.perf_counter() - self._began)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The columns and the tracker's state: ``torch.load(..., weights_only=True)`` reads it."""
+        columns = {name: list(values) for name, values in self.columns.items()}
+        return {"columns": columns, "tracker": self.tracker.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of a run that was saved; what is recorded goes on bit for bit, once
+        the model and the optimizer have theirs, too.
+
+        Raises:
+            ValueError: the state is not one of `state_dict`, or of a recorder with other columns
+                or another number of parameters. Nothing has been loaded then.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"columns", "tracker"}:
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must have the keys ['columns', 'tracker'], got {got}")
+        if set(state["columns"]) != set(self.columns):
+            raise ValueError(
+                f"state has the columns {sorted(state['columns'])}, and this recorder "
+                f"{sorted(self.columns)}"
+            )
+        self.tracker.load_state_dict(state["tracker"])
+        self.columns = {name: list(state["columns"][name]) for name in self.columns}
 
     def _measure(self) -> dict[str, float]:
         pairs = self.tracker.measure()

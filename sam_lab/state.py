@@ -7,9 +7,11 @@ afterwards; the state of an optimizer is loaded entirely or not at all.
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ __all__ = [
     "evaluating",
     "kept_buffers",
     "load_optimizer",
+    "save_whole",
     "undisturbed",
     "whole_float32",
 ]
@@ -146,6 +149,17 @@ def undisturbed(
         for owner, grad in zip(owners, grads, strict=True):
             owner.grad = grad
         reset()
+
+
+def save_whole(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """``torch.save`` that writes a file whole, or leaves what was there as it was."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(state, scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -25,8 +25,10 @@ as the part of the iterate that lies along it, has a new beginning there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,9 @@ __all__ = ["SharpnessTracker"]
 
 DEPTH = 4
 """Measurements that a guess is made from."""
+
+COUNTS = ("measurements", "hvps", "audits", "audit_hvps", "false_convergences", "crossings")
+"""What a tracker counts; see `SharpnessTracker`."""
 
 
 class SharpnessTracker:
@@ -167,6 +172,41 @@ class SharpnessTracker:
         self._points: list[Tensor] = []  # parameters at the latest measurements, the last one last
         self._spans: list[Tensor] = []  # (m, P) rows near the eigenvectors there
         self._errors: dict[str, float] = {}  # how far each guess lay off, late ones counting most
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts and the vectors: ``torch.load(..., weights_only=True)`` reads it."""
+        return {
+            "counts": {name: getattr(self, name) for name in COUNTS},
+            "before": self._before,
+            "points": list(self._points),
+            "spans": list(self._spans),
+            "errors": dict(self._errors),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of a run that was saved; its measurements go on bit for bit.
+
+        Raises:
+            ValueError: the state is not one of `state_dict`, or of another number of parameters.
+                Nothing has been loaded then.
+        """
+        mine = set(self.state_dict())
+        if not isinstance(state, Mapping) or set(state) != mine:
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must have the keys {sorted(mine)}, got {got}")
+        size, points = self.hessian.shape[0], state["points"]
+        if any(len(point) != size for point in points):
+            raise ValueError(
+                f"state is of {len(points[0])} parameters, and this tracker has {size}"
+            )
+        kept = copy.deepcopy(dict(state))
+        for name in COUNTS:
+            setattr(self, name, int(kept["counts"][name]))
+        here = self.hessian.device
+        self._before = None if kept["before"] is None else kept["before"].to(here)
+        self._points = [point.to(here) for point in kept["points"]]
+        self._spans = [span.to(here) for span in kept["spans"]]
+        self._errors = kept["errors"]
 
     def _top(self, seed: int, start: Tensor | None) -> Eigenpairs:
         return self.hessian.top(self.k, self.tol, seed, self.max_hvps, start)

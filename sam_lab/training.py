@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule
 from sam_lab.perturbations import sam as sam_rule
 from sam_lab.sam import SAM
-from sam_lab.state import RandomState, evaluating, load_optimizer
+from sam_lab.state import RandomState, evaluating, load_optimizer, save_whole
 
 __all__ = [
     "Phase",
@@ -371,13 +370,7 @@ class Training:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: whole, or not at all."""
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(self.state_dict(), scratch)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        save_whole(self.state_dict(), path)
 
     def load(self, path: str | os.PathLike[str]) -> Training:
         """Take up a checkpoint of `save`; returns itself."""

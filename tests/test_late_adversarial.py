@@ -84,7 +84,11 @@ def test_the_branches_are_the_runs_that_had_their_phases_from_the_beginning():
     how, seen = {"attack": late_adversarial.attack(TINY)}, []
     ends = {}
     for interval, switch, end in switching.branches(
-        start, TINY.late, TINY.early, how, lambda done, total: seen.append((done, total))
+        start,
+        TINY.late,
+        TINY.early,
+        how,
+        dataclasses.replace(BASE, tick=lambda done, total: seen.append((done, total))),
     ):
         span = tuple(map(int, interval.values()))
         ends[span] = end
@@ -106,7 +110,7 @@ def test_the_branches_are_the_runs_that_had_their_phases_from_the_beginning():
 @pytest.mark.parametrize("late", [(0.0,), (1.0,), (0.5, 0.55)])
 def test_shares_that_are_no_switch_or_the_same_one_are_refused(late):
     start, _ = late_adversarial.prepare(TINY, BASE)
-    grid = switching.branches(start, late, (0.5,), {"rho": 0.1}, lambda *_: None)
+    grid = switching.branches(start, late, (0.5,), {"rho": 0.1}, BASE)
     with pytest.raises(ValueError, match="late must be shares of the 4 epochs"):
         next(grid)
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from sam_lab import SAM, EdgeRecorder, Hessian, gd_edge, heavy_ball_edge, sam_edge
+from sam_lab import (
+    SAM,
+    EdgeRecorder,
+    Hessian,
+    SharpnessTracker,
+    gd_edge,
+    heavy_ball_edge,
+    sam_edge,
+)
 from sam_lab.methods import gradient_penalty, gsam, vasso, wsam
 from sam_lab.perturbations import asam, random_direction, unnormalized
 from sam_lab.perturbations import sam as sam_rule
@@ -421,6 +429,86 @@ def test_on_a_fixed_quadratic_sam_comes_to_its_edge_and_gradient_descent_does_no
         record()
     assert record["sharpness"][-1] / record["sam_edge"][-1] == pytest.approx(1, abs=1e-5)
     assert record["gd_edge"][-1] == gd_edge(0.2)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_a_saved_recorder_records_goes_on_bit_for_bit(k, tmp_path):
+    def begun():
+        model, loss = network(seed=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5)
+        sam = SAM(optimizer, 0.2, model)
+        record = EdgeRecorder(sam, loss, every=2)
+        # one of its own, to see that of several vectors too
+        return model, loss, sam, record, SharpnessTracker(loss, sam.params, k=k, audit_every=3)
+
+    def go_on(loss, sam, record, tracker, steps):
+        found = []
+        for _ in range(steps):
+            record()
+            found.append(tracker.measure())
+            sam.step(loss)
+        return found
+
+    model, *whole = begun()
+    go_on(*whole, steps=7)
+    path = tmp_path / "checkpoint.pt"
+    states = [each.state_dict() for each in (model, *whole[1:])]
+    torch.save(states, path)
+    last = go_on(*whole, steps=8)
+
+    model, *other = begun()
+    states = torch.load(path, weights_only=True)
+    for each, state in zip((model, *other[1:]), states, strict=True):
+        each.load_state_dict(state)
+    for one, two in zip(go_on(*other, steps=8), last, strict=True):
+        assert torch.equal(one.values, two.values) and torch.equal(one.vectors, two.vectors)
+        assert (one.hvps, one.crossing) == (two.hvps, two.crossing)
+    (*_, record, tracker), (*_, first, followed) = other, whole
+    assert record.columns == first.columns and len(record) == 8
+    counts = [(t.measurements, t.hvps, t.audits, t.audit_hvps) for t in (tracker, followed)]
+    assert counts[0] == counts[1] and counts[0][0] == 15 and counts[0][2] == 4
+
+
+def test_a_state_is_a_copy_of_the_columns():
+    model, loss = network()
+    record = EdgeRecorder(torch.optim.SGD(model.parameters(), lr=0.1), loss)
+    record()
+    state = record.state_dict()
+    record(now=True)
+    record.sam.step(loss)
+    record()
+    assert len(state["columns"]["loss"]) == 1 and len(record) == 2
+    record.load_state_dict(state)
+    record.columns["loss"].append(0.0)
+    assert len(state["columns"]["loss"]) == 1
+
+
+def test_a_state_of_something_else_is_refused_and_nothing_is_loaded():
+    _, sam, loss = quadratic([3.0, 1.0], [1.0, 1.0])
+    record = EdgeRecorder(sam, loss)
+    record()
+    good = record.state_dict()
+    of_three = quadratic([3.0, 1.0, 2.0], [1.0, 1.0, 1.0])
+    other = EdgeRecorder(of_three[1], of_three[2])
+    other()
+    cases = [
+        (None, "columns', 'tracker'], got NoneType"),
+        ({"columns": {}}, "got .'columns'."),
+        ({**good, "columns": {"loss": []}}, "has the columns .'loss'., and this recorder"),
+        (other.state_dict(), "of 3 parameters, and this tracker has 2"),
+        ({**good, "tracker": {"counts": 3}}, "must have the keys"),
+        ({**good, "tracker": 3}, "got int"),
+    ]
+    for state, message in cases:
+        with pytest.raises(ValueError, match=message):
+            record.load_state_dict(state)
+        assert record.columns == good["columns"] and record.tracker.measurements == 1
+    sam.step(loss)
+    record()
+    assert len(record) == 2
 
 
 # --- batch sharpness -----------------------------------------------------------------------------

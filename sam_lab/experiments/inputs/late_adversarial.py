@@ -130,7 +130,7 @@ def run(config: Config, cell: Cell) -> Columns:
     start, dataset = prepare(config, cell)
     rows = Rows()
     how = {"attack": attack(config)}
-    for interval, _, end in branches(start, config.late, config.early, how, cell.tick):
+    for interval, _, end in branches(start, config.late, config.early, how, cell):
         rows.add(**interval, **_at_end(end, dataset, config, cell.seed))
     columns = rows.columns
     if config.n_all_attacks:  # the last run was attacked throughout

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sam_lab.experiments.lab.checkpoints import Checkpoints
 from sam_lab.experiments.lab.claims import Claim, Verdict
 from sam_lab.experiments.lab.result import Columns, Result, Setting, plain
 from sam_lab.experiments.lab.setup import Setup
@@ -43,12 +44,14 @@ class Cell:
 
     Attributes:
         tick: ``tick(done, total)`` may be called along the way, to show progress.
+        checkpoints: where a long run may keep what it needs to go on after an interruption.
     """
 
     setting: Setting
     seed: int = 0
     device: torch.device | str = "cpu"
     tick: Callable[[int, int], None] = field(default=lambda done, total: None, repr=False)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints, repr=False)
 
     def __getitem__(self, name: str) -> Any:
         return self.setting[name]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sam_lab.experiments.lab.checkpoints import Checkpoints
 from sam_lab.experiments.lab.experiment import Cell, Experiment, check_config, config_dict
 from sam_lab.experiments.lab.progress import Progress
 from sam_lab.experiments.lab.registry import ExperimentError, get, names
@@ -48,7 +49,8 @@ def run(
         seeds: a number of seeds, counted from 0, or the seeds themselves.
         device: ``"auto"`` (CUDA when there is one), or a torch device.
         out: folder for ``NAME.SCALE.json``. While the experiment is under way, its finished runs
-            are kept there in ``.NAME.SCALE.partial/``, and the same call takes them up again.
+            are kept there in ``.NAME.SCALE.partial/``, and the same call takes them up again; of
+            long experiments also the run that was interrupted, from its last checkpoint on.
         progress: show progress on stderr.
         workers: processes that share the runs. More than one pays where a run leaves the machine
             idle: small networks on a GPU, one thread a run on many cores. They share the threads of
@@ -90,7 +92,9 @@ def run(
             if found[number] is not None:
                 bar.skip(_task(setting, seed))
         missing = [number for number, kept in enumerate(found) if kept is None]
-        wanted = [tasks[number] for number in missing]
+        wanted = [
+            (*tasks[number], store.begun(*tasks[number]) if store else None) for number in missing
+        ]
         if shares > 1:
             made = _side_by_side(chosen.name, config, wanted, place, bar, shares)
         else:
@@ -133,19 +137,25 @@ def check_overwrite(path: Path, seeds: Iterable[int]) -> None:
         )
 
 
-_Task = tuple[Setting, int]
+_Task = tuple[Setting, int, Path | None]  # setting, seed, folder for checkpoints
 _Tick = Callable[[int, int], None]
 _Made = tuple[int, Run, float]  # number of the task, what it gave, seconds
 
 
 def _measure(
-    experiment: Experiment, config: Any, task: _Task, device: torch.device, *tick: _Tick
+    experiment: Experiment,
+    config: Any,
+    task: _Task,
+    device: torch.device,
+    tick: _Tick | None = None,
 ) -> tuple[Run, float]:
-    setting, seed = task
-    start = time.perf_counter()
+    setting, seed, folder = task
+    checkpoints = Checkpoints(folder)
+    told = {} if tick is None else {"tick": tick}
+    cell = Cell(dict(setting), seed, device, checkpoints=checkpoints, **told)
     try:
-        columns = experiment.run(config, Cell(dict(setting), seed, device, *tick))
-        return Run(setting, seed, columns), time.perf_counter() - start  # type: ignore[arg-type]
+        columns = experiment.run(config, cell)
+        return Run(setting, seed, columns), checkpoints.seconds  # type: ignore[arg-type]
     except Exception as error:
         error.add_note(f"in experiment {experiment.name!r}, {_task(setting, seed)}")
         raise
@@ -155,7 +165,7 @@ def _one_by_one(
     experiment: Experiment, config: Any, tasks: list[_Task], device: torch.device, bar: Progress
 ) -> Iterator[_Made]:
     for number, task in enumerate(tasks):
-        bar.start(_task(*task))
+        bar.start(_task(*task[:2]))
         yield number, *_measure(experiment, config, task, device, bar.update)
 
 
@@ -189,7 +199,7 @@ def _side_by_side(
                 for each in futures:
                     each.cancel()
                 continue
-            bar.start(_task(*tasks[number]))
+            bar.start(_task(*tasks[number][:2]))
             yield number, *future.result()
         if failure is not None:
             raise failure

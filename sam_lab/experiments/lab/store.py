@@ -1,7 +1,8 @@
 """Finished runs of an experiment under way, kept one file each until the result stands.
 
-A run that is interrupted, even by ``kill -9``, loses at most what it was computing. Runs are only
-taken up again when they were made by the same code, config, device and library versions.
+A run that is interrupted, even by ``kill -9``, loses at most what it was computing, and one that
+saves checkpoints what it computed since the last. Runs and checkpoints are only taken up again when
+they were made by the same code, config, device and library versions.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,6 +82,9 @@ class Store:
         for folder, pattern in (self._leftovers, (self.folder, ".*.tmp")):
             for scratch in folder.glob(pattern):  # left by a process killed while it wrote
                 scratch.unlink(missing_ok=True)
+        for folder in self._begun():
+            if not folder.name.endswith(self._mark):
+                shutil.rmtree(folder)
         return self
 
     def get(self, settings: Setting, seed: int) -> tuple[Run, float] | None:
@@ -106,17 +111,24 @@ class Store:
         """Keep a finished run."""
         body = {"schema": SCHEMA, "key": self.key, "seconds": seconds, "run": pack_run(run)}
         write_whole(self._path(run.settings, run.seed), seal(body))
+        shutil.rmtree(self.begun(run.settings, run.seed), ignore_errors=True)
+
+    def begun(self, settings: Setting, seed: int) -> Path:
+        """The folder for the checkpoints of a run that is not finished."""
+        return self._path(settings, seed).with_suffix(self._mark)
 
     def clear(self) -> None:
         """Remove the kept runs, once the result stands."""
         for path in self.folder.glob("*.json"):
             path.unlink(missing_ok=True)
+        for folder in self._begun():
+            shutil.rmtree(folder)
 
     def close(self) -> None:
         """Let go; the folder goes too when it holds nothing."""
         if self._lock is None:
             return
-        if not any(self.folder.glob("*.json")):
+        if not any(self.folder.glob("*.json")) and not self._begun():
             try:  # an open file cannot be removed on Windows: there the empty folder stays
                 (self.folder / "lock").unlink(missing_ok=True)
                 self.folder.rmdir()
@@ -124,6 +136,13 @@ class Store:
                 pass
         self._lock.close()
         self._lock = None
+
+    @property
+    def _mark(self) -> str:
+        return f".{self.key[:12]}"
+
+    def _begun(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.is_dir()]
 
     def _path(self, settings: Setting, seed: int) -> Path:
         text = json.dumps(plain(settings, "settings"), sort_keys=True)

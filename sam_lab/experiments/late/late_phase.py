@@ -138,7 +138,7 @@ def run(config: Config, cell: Cell) -> Columns:
     start, dataset = prepare(config, cell)
     how = {"rho": cell["rho"]}
     rows = Rows()
-    for interval, switch, end in branches(start, config.late, config.early, how, cell.tick):
+    for interval, switch, end in branches(start, config.late, config.early, how, cell):
         way = dict.fromkeys(_WAY, float("nan")) if switch is None else _way(switch, end, config)
         rows.add(**interval, **_end(end, dataset, config), **way)
     return rows.columns

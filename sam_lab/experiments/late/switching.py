@@ -15,6 +15,7 @@ import numpy as np
 
 from sam_lab.experiments.lab.claims import NotApplicable
 from sam_lab.experiments.lab.cost import measurement
+from sam_lab.experiments.lab.experiment import Cell
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
 from sam_lab.experiments.lab.statistics import Ratio
 from sam_lab.experiments.recipe import Recipe
@@ -45,7 +46,7 @@ def branches(
     late_at: tuple[float, ...],
     early_at: tuple[float, ...],
     how: dict[str, Any],
-    tick: Callable[[int, int], None],
+    cell: Cell,
 ) -> Iterator[tuple[dict[str, float], Training | None, Training]]:
     """Train all runs of one setting.
 
@@ -54,7 +55,8 @@ def branches(
         late_at, early_at: at which share of the epochs runs switch to what is studied, or away
             from it.
         how: what is studied, as `training.late` takes it.
-        tick: told how many epochs are done, and of how many.
+        cell: told how many epochs are done, and of how many; and keeps where the trainings stand,
+            so that an interrupted run goes on from there.
 
     Yields:
         For each run, `switched_on` and `switched_off`: what is studied ran in the epochs
@@ -72,19 +74,30 @@ def branches(
     total = 2 * epochs + sum(epochs - at for times in switches.values() for at in times)
     done = 0
 
-    def on_epoch() -> None:
+    def go_on(training: Training, until: int, name: str) -> Training:
         nonlocal done
-        done += 1
-        tick(done, total)
+        begun, state = training.epoch, cell.checkpoints.load(name, cell.device)
+        if state is not None:
+            training.load_state_dict(state)
+        before = done - begun
+
+        def on_epoch() -> None:
+            cell.tick(before + training.epoch, total)
+            cell.checkpoints.save(name, training.state_dict)
+
+        training.run(until, on_epoch=on_epoch)
+        done = before + until
+        return training
 
     # a switch at the end is no switch: SGD throughout, and the other throughout
     for switch_at, times in switches.items():
         trunk = start.branch(switch_at(epochs, epochs, **how))
         for at in times:
-            trunk.run(at, on_epoch=on_epoch)
-            end = trunk.branch(switch_at(at, epochs, **how)).run(on_epoch=on_epoch)
+            go_on(trunk, at, f"{switch_at.__name__}.trunk{at}")
+            branch = trunk.branch(switch_at(at, epochs, **how))
+            end = go_on(branch, epochs, f"{switch_at.__name__}.branch{at}")
             yield _interval(end), trunk, end
-        trunk.run(on_epoch=on_epoch)
+        go_on(trunk, epochs, f"{switch_at.__name__}.trunk{epochs}")
         yield _interval(trunk), None, trunk
 
 

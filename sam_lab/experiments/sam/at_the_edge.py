@@ -46,8 +46,10 @@ __all__ = [
     "follow",
     "full_batch",
     "grid",
+    "keep",
     "perturbed",
     "ratio",
+    "take_up",
 ]
 
 LONG_BARTLETT = Source("Long & Bartlett 2024", "after")
@@ -104,16 +106,43 @@ def follow(
     steps: int,
     every: int,
     tol: float,
-    tick: Callable[[int, int], None],
+    cell: Cell,
 ) -> Columns:
     """So many steps of SAM on one loss, from the first to the last as `EdgeRecorder` sees them."""
     record = EdgeRecorder(sam, closure, every=every, tol=tol)
-    for step in range(steps):
+    take_up(cell, sam, record)
+    while sam.steps < steps:
         record()
+        keep(cell, sam, record)
         sam.step(closure)
-        tick(step + 1, steps)
+        cell.tick(sam.steps, steps)
     record(now=True)
     return record.columns
+
+
+def keep(cell: Cell, sam: SAM, *records: EdgeRecorder) -> None:
+    """Save where a run stands, if it is time to."""
+    cell.checkpoints.save(
+        "run",
+        lambda: {
+            "params": [p.detach() for p in sam.params],
+            "sam": sam.state_dict(),
+            "records": [record.state_dict() for record in records],
+        },
+    )
+
+
+def take_up(cell: Cell, sam: SAM, *records: EdgeRecorder) -> None:
+    """Go on from where a run was saved, if it was."""
+    state = cell.checkpoints.load("run", cell.device)
+    if state is None:
+        return
+    with torch.no_grad():
+        for p, saved in zip(sam.params, state["params"], strict=True):
+            p.copy_(saved)
+    sam.load_state_dict(state["sam"])
+    for record, saved in zip(records, state["records"], strict=True):
+        record.load_state_dict(saved)
 
 
 def full_batch(
@@ -132,7 +161,7 @@ def full_batch(
         model, closure = problem(config, cell.seed, cell.device)
         sam = SAM(torch.optim.SGD(model.parameters(), lr=cell["lr"]), cell["rho"], model)
         with whole_float32():
-            return follow(sam, closure, config.steps, config.every, config.tol, cell.tick)
+            return follow(sam, closure, config.steps, config.every, config.tol, cell)
 
     return run
 

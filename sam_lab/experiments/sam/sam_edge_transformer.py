@@ -135,19 +135,23 @@ def run(config: Config, cell: Cell) -> Columns:
     """One run; the columns of `EdgeRecorder` on the fixed batch, and on the current one."""
     model, loss, fixed, draw = problem(config, cell.seed, cell.device)
     sam = SAM(torch.optim.SGD(model.parameters(), lr=cell["lr"]), cell["rho"], model)
-    batch = draw()
+    batch: Batch
 
     def current() -> Tensor:
         return loss(*batch)
 
     record = EdgeRecorder(sam, lambda: loss(*fixed), every=config.every, tol=config.tol)
     record_batch = EdgeRecorder(sam, current, every=config.every, tol=config.tol)
-    for step in range(config.steps):
+    at_the_edge.take_up(cell, sam, record, record_batch)
+    for _ in range(sam.steps + 1):  # what has been trained on is drawn again and passed over
+        batch = draw()
+    while sam.steps < config.steps:
         record()
         record_batch()
+        at_the_edge.keep(cell, sam, record, record_batch)
         sam.step(current)
         batch = draw()
-        cell.tick(step + 1, config.steps)
+        cell.tick(sam.steps, config.steps)
     record(now=True)
     record_batch(now=True)
     return record.columns | {PREFIX + name: kept for name, kept in record_batch.columns.items()}

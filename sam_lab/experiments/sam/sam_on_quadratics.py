@@ -311,7 +311,7 @@ def frozen(config: Config, cell: Cell) -> Columns:
     model, x, target = network(config, cell.seed, cell.device)
     params, closure = _on_path(cell["path"], model, x, target)
     sam = _sam(params, config.network_lr, config.network_rho)
-    columns = follow(sam, closure, config.network_steps, config.every, config.tol, cell.tick)
+    columns = follow(sam, closure, config.network_steps, config.every, config.tol, cell)
     return {name: columns[name] for name in KEPT}
 
 

@@ -85,7 +85,7 @@ def run(config: Config, cell: Cell) -> Columns:
     model, closure = problem(config, cell.seed, cell.device)
     descent = torch.optim.SGD(model.parameters(), lr=cell["lr"])
     sam = SAM(descent, cell["rho"], model, rule=unnormalized)
-    return at_the_edge.follow(sam, closure, config.steps, config.every, config.tol, cell.tick)
+    return at_the_edge.follow(sam, closure, config.steps, config.every, config.tol, cell)
 
 
 def _settles(runs: SeedRuns) -> float:
