@@ -339,6 +339,9 @@ def test_a_claim_under_another_setting_sees_its_runs_alone():
     assert plain.judge(result).values == (1.0, 1.0, 1.0)
     assert stepped.judge(result).values == (5.0, 5.0, 5.0)
     assert dataclasses.replace(stepped, id="c", statement="It holds") == plain
+    elsewhere = plain.under("in-drops", "In drops, ", schedule="drop").judge(result)
+    assert elsewhere.verdict == "does not apply"
+    assert elsewhere.reason == "no run with schedule=drop; schedule is constant, steps"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from sam_problem import assert_equal, copies, length
 from torch import nn
 
 from sam_lab import Hessian, experiments
-from sam_lab.experiments import Cell
+from sam_lab.experiments import Cell, NotApplicable
 from sam_lab.experiments.late import late_images, late_mnist1d, late_phase, switching
 from sam_lab.training import Phase, early, evaluate, late
 
@@ -136,7 +136,7 @@ def test_images_are_standardized_and_sequences_taken_as_they_are(task, where):
 
 
 def test_unknown_schedules_and_too_many_examples_are_refused():
-    with pytest.raises(ValueError, match="one of constant, steps, drop, got 'warm'"):
+    with pytest.raises(ValueError, match="one of constant, steps, drop, triangle, got 'warm'"):
         late_phase.prepare(TINY, Cell({**BASE, "schedule": "warm"}))
     with pytest.raises(ValueError, match="train"):
         late_phase.prepare(changed(IMAGES, recipe={"train": 100_000}), Cell(BASE))
@@ -148,7 +148,7 @@ def test_unknown_schedules_and_too_many_examples_are_refused():
         (late_mnist1d, {"laptop": 15_210, "paper": 276_010}),
         (
             late_images,
-            {"laptop": 199_210, "desktop": 77_850, "fast": 1_160_970, "paper": 10_961_370},
+            {"laptop": 199_210, "desktop": 77_850, "fast": 656_458, "paper": 10_961_370},
         ),
     ],
     ids=["mnist1d", "images"],
@@ -164,8 +164,11 @@ def test_the_presets_are_the_networks_they_name(task, parameters):
         assert sum(p.numel() for p in training.model.parameters()) == count
         assert dataset.classes == 10 and training.epochs == preset.recipe.epochs
         assert late_phase.LATE in preset.late and late_phase.LATE in preset.early
-        assert 0.5 in preset.late and 0.5 in preset.early
-        assert preset.schedules[:2] == ("constant", "steps")
+        assert 0.5 in preset.early
+        if scale == "fast":
+            assert preset.schedules == ("triangle",)
+        else:
+            assert 0.5 in preset.late and preset.schedules[:2] == ("constant", "steps")
     assert set(parameters) == set(task.EXPERIMENT.presets)
 
 
@@ -482,7 +485,9 @@ def test_a_share_of_a_way_that_is_not_there_does_not_apply():
 
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match=r"no run with late at 0.7: the phases were \[\(.*5.*10"):
+    with pytest.raises(
+        NotApplicable, match=r"no run with late at 0.7: the phases were \[\(.*5.*10"
+    ):
         switching.ends(RUNS[0], "trace", "late", 0.7)
     with pytest.raises(ValueError, match="method must be one of sgd, .*early, got 'adam'"):
         switching.ends(RUNS[0], "trace", "adam")

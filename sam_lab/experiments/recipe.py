@@ -254,11 +254,12 @@ CIFAR_FAST = Recipe(
     50_000,
     10_000,
     standardize="patches",
-    groups=(64, 128, 256),
+    groups=(48, 96, 192),
     augment=True,
     shift=2,
-    epochs=20,
+    epochs=16,
     batch=256,
-    lr=0.1,
+    lr=0.2,
+    nesterov=True,
 )
 """All of CIFAR-10 and a small network that learns it fast."""

@@ -40,6 +40,7 @@ from sam_lab.experiments.late.switching import (
     ends,
     off_the_clock,
     reached,
+    scheduled,
     summed_lr,
 )
 from sam_lab.experiments.recipe import CIFAR, CIFAR_FAST, CIFAR_TENTH, DIGITS, Recipe
@@ -83,9 +84,9 @@ DESKTOP = Config(
     attack_steps=4,
 )
 FAST = Config(
-    CIFAR_FAST.but(test=2000, epochs=12),
+    CIFAR_FAST.but(test=2000),
     eps=4 / 255,
-    schedules=("steps",),
+    schedules=("triangle",),
     n_autoattack=500,
 )
 PAPER = Config(
@@ -264,7 +265,7 @@ def schedule_decides(runs: SeedRuns) -> float:
     of the way from SGD's error under AutoAttack to that of adversarial training, at a constant
     learning rate less that in steps"""
     constant, steps = (
-        reached(runs.one(schedule=schedule), ROBUST, "late", LATE).quotient
+        reached(scheduled(runs, schedule), ROBUST, "late", LATE).quotient
         for schedule in ("constant", "steps")
     )
     return constant - steps

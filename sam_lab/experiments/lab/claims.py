@@ -177,7 +177,17 @@ class Claim:
         Args:
             suffix: of its id.
             begins: how its statement begins, up to the space before the rest.
+
+        Where no run of a scale has these settings, the claim does not apply to it.
         """
+
+        def statistic(runs: SeedRuns) -> float | Ratio:
+            try:
+                chosen = runs.where(**settings)
+            except ValueError as error:
+                raise NotApplicable(str(error)) from None
+            return self(chosen)
+
         first, second = self.statement[0], self.statement[1:2]
         # "After" goes on in small letters, "SAM" does not.
         small = first.lower() if second.islower() or second == " " else first
@@ -185,7 +195,7 @@ class Claim:
             self,
             id=f"{self.id}-{suffix}",
             statement=f"{begins}{small}{self.statement[1:]}",
-            statistic=lambda runs: self(runs.where(**settings)),
+            statistic=statistic,
         )
 
     def judge(self, result: Result) -> Verdict:

@@ -19,7 +19,16 @@ from sam_lab.experiments.lab.experiment import Cell
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
 from sam_lab.experiments.lab.statistics import Ratio
 from sam_lab.experiments.recipe import Recipe
-from sam_lab.training import Phase, Schedule, Training, constant, early, late, step_decay
+from sam_lab.training import (
+    Phase,
+    Schedule,
+    Training,
+    constant,
+    early,
+    late,
+    step_decay,
+    triangle,
+)
 
 __all__ = [
     "SCHEDULES",
@@ -29,6 +38,7 @@ __all__ = [
     "ends",
     "off_the_clock",
     "reached",
+    "scheduled",
     "summed_lr",
 ]
 
@@ -38,6 +48,8 @@ SCHEDULES: dict[str, Schedule] = {
     "steps": step_decay({0.3: 0.2, 0.6: 0.04}),
     # what a practitioner would do: the late phase at the full rate, then a short one at a small
     "drop": step_decay({0.9: 0.1}),
+    # that of short trainings
+    "triangle": triangle(0.2),
 }
 
 
@@ -161,7 +173,8 @@ def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
             or "early", up to there.
 
     Raises:
-        ValueError: there is no such run.
+        ValueError: an unknown method.
+        NotApplicable: no run at this scale switches there.
     """
     on, off = run["switched_on"], run["switched_off"]
     epochs = off.max()
@@ -171,7 +184,7 @@ def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
         raise ValueError(f"method must be one of {', '.join(spans)}, got {method!r}")
     rows = np.flatnonzero((on == spans[method][0]) & (off == spans[method][1]))
     if len(rows) != 1:
-        raise ValueError(
+        raise NotApplicable(
             f"no run with {method} at {share}: the phases were {[*zip(on, off, strict=True)]}"
         )
     return float(run[name][rows[0]])
@@ -191,6 +204,21 @@ def reached(run: Run, name: str, method: str, share: float, *, log: bool = False
     if log:
         sgd, full, other = (float(np.log(value)) for value in (sgd, full, other))
     return Ratio(sgd - other, sgd - full)
+
+
+def scheduled(runs: SeedRuns, schedule: str) -> Run:
+    """The run with the base's settings and this schedule.
+
+    Raises:
+        NotApplicable: no run at this scale has the schedule.
+    """
+    there = {run.settings["schedule"] for run in runs.runs}
+    if schedule not in there:
+        raise NotApplicable(
+            f"no run at this scale has the schedule {schedule!r}; they have "
+            f"{', '.join(sorted(there))}"
+        )
+    return runs.base(schedule=schedule)
 
 
 def against_share(
@@ -248,8 +276,9 @@ def off_the_clock(
         reached too; values are interpolated in the logarithm of the sum.
 
     Raises:
-        NotApplicable: there is no such switch.
+        NotApplicable: there is no such switch, or no run at a constant rate.
     """
+    scheduled(runs, "constant")
     sums, values = course("constant")
     differences: list[float] = []
     for schedule in sorted({run.settings["schedule"] for run in runs.runs} - {"constant"}):
