@@ -269,6 +269,20 @@ def test_how_long_a_late_phase_has_had_is_the_learning_rate_summed_over_its_epoc
     assert sums.tolist() == pytest.approx([0.004, 0.02 + 4 * 0.004])
 
 
+def test_claims_on_schedules_that_a_scale_lacks_do_not_apply():
+    runs = [
+        dataclasses.replace(RUNS[0], settings={"schedule": "triangle"}, seed=seed)
+        for seed in range(3)
+    ]
+    for claim in late_adversarial.CLAIMS:
+        verdict = claim.judge(result_of(CONFIG, *runs))
+        lacks = claim.id.endswith("-in-steps") or claim.id in {
+            "schedule-decides",
+            "learning-rate-is-the-clock",
+        }
+        assert (verdict.verdict == "does not apply") == lacks, (claim.id, verdict.reason)
+
+
 def test_the_clock_is_undecided_where_no_late_phases_are_of_one_length():
     verdict = late_adversarial.learning_rate_is_the_clock.judge(result_of(CONFIG, *RUNS[:2]))
     assert "no schedule has a late phase" in verdict.reason

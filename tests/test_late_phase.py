@@ -430,6 +430,24 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
     )
 
 
+def test_claims_on_schedules_and_switches_that_a_scale_lacks_do_not_apply():
+    """As at the scale "fast": one schedule, and no switch at half time but away from SAM."""
+    whole = dataclasses.replace(RUNS[0], settings={**BASE, "schedule": "triangle"})
+    there = np.array([name != "late 0.5" for name in NAMES])
+    columns = {name: whole[name][there].tolist() for name in whole.columns}
+    runs = [dataclasses.replace(whole, seed=seed, columns=columns) for seed in range(3)]
+    verdicts = {
+        claim.id: claim.judge(result_of(CONFIG, *runs)) for claim in late_images.EXPERIMENT.claims
+    }
+    assert not any("failed" in verdict.reason for verdict in verdicts.values())
+    missing = {"learning-rate-decides", "late-half-counts-more", "late-half-generalizes-better"}
+    for name, verdict in verdicts.items():
+        lacks = name in missing or name.endswith("-in-steps")
+        assert (verdict.verdict == "does not apply") == lacks, (name, verdict.reason)
+    assert "'constant'" in verdicts["learning-rate-decides"].reason
+    assert "schedule=steps" in verdicts["sam-is-flatter-in-steps"].reason
+
+
 def test_a_claim_has_one_number_from_each_seed():
     twice = [RUNS[0], run_of(seed=7, sharpness_objective={**SHARPNESS, "full": 4.0})]
     verdict = late_phase.sam_is_flatter.judge(result_of(CONFIG, *twice))
