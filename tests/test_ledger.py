@@ -77,14 +77,15 @@ def test_every_scale_says_what_departs_from_the_papers_own_and_what_it_would_cos
     _only(monkeypatch, toy=experiment)
     experiments.run(experiment, out=tmp_path, progress=False)
     book = ledger(tmp_path)
-    small, large = (line for line, _ in book.scales()["A toy"].items)
+    compared, small, large = (line for line, _ in book.scales()["A toy"].items)
+    assert compared == "Compared with its code: steps."
     assert small == "*Laptop*: steps 3 (paper: 30)."
     assert large == (
-        "*Paper*: the paper's set-up, as far as compared (steps). Not run: `python -m "
+        "*Paper*: no departure. Not run: `python -m "
         "sam_lab.experiments run toy --scale paper --seeds 3 --out book/results`, "
         "9.0e+17 FLOPs: about 104 days on two CPU cores, 8.3 hours on one H100."
     )
-    assert f"- {small}\n- {large}\n\n| Statement |" in book._repr_markdown_()
+    assert f"- {compared}\n- {small}\n- {large}\n\n| Statement |" in book._repr_markdown_()
     assert "steps 3 (paper: 30)" in str(book)
 
 

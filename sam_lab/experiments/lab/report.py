@@ -133,27 +133,25 @@ class Ledger:
         ]
 
     def scales(self) -> dict[str, Bullets]:
-        """For each experiment, by its title, and each of its scales: what departs from the paper's
-        own set-up, where the experiment knows it, and, where no machine has run it, the command and
-        what it would cost."""
+        """For each experiment, by its title: with what its scales are compared, where it knows the
+        paper's own set-up; then for each scale what departs from that, and, where no machine has
+        run it, the command and what it would cost."""
         found: dict[str, Bullets] = {}
         for experiment, _, verdicts in self.entries:
             if experiment.title not in found:
                 run = {scale for scale, verdict in verdicts.items() if verdict}
                 lines = [
-                    (self._scale(experiment, scale, run=scale in run), list[str]())
-                    for scale in verdicts
+                    _compared(experiment),
+                    *(self._scale(experiment, scale, run=scale in run) for scale in verdicts),
                 ]
-                found[experiment.title] = Bullets(line for line in lines if line[0])
+                found[experiment.title] = Bullets((line, list[str]()) for line in lines if line)
         return found
 
     def _scale(self, experiment: Experiment, scale: str, *, run: bool) -> str:
         config, setup = experiment.presets[scale], experiment.setup
         parts: list[str] = []
         if setup:
-            departures = setup.departures(config)
-            same = f"the paper's set-up, as far as compared ({setup.compared()})"
-            parts.append("; ".join(departures) or same)
+            parts.append("; ".join(setup.departures(config)) or "no departure")
         if not run:
             words = f"Not run: `{command(experiment.name, scale, range(SEEDS), self.out)}`"
             if experiment.cost:
@@ -175,9 +173,9 @@ class Ledger:
             "does not apply where its condition is not met, or where it asks for a share of a "
             "difference that is not there.\n\n"
             f"**Scale**: every column after *Set* is one. {scales}. Under the title of an "
-            "experiment the code lists what of each scale departs from the paper's own set-up. "
-            "Compared is what could be read in the paper or its code; learning rates, radii and "
-            "numbers of steps often could not. Where a scale is *not run*, the command and the "
+            "experiment the code lists what could be read in the paper or its code, and what of "
+            "each scale departs from that. Learning rates, radii and numbers of steps could often "
+            "not be read. Where a scale is *not run*, the command and the "
             f"estimated cost of {SEEDS} seeds are given: floating-point operations of matrix "
             f"products and convolutions, counted, with {HVPS} Hessian-vector products assumed for "
             "one sharpness or trace; and the time they take at "
@@ -202,6 +200,13 @@ class Ledger:
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _compared(experiment: Experiment) -> str:
+    """With what the scales are compared, if there is anything."""
+    if (setup := experiment.setup) is None:
+        return ""
+    return f"Compared with {setup.source}: {setup.compared()}."
 
 
 def _in_a_cell(verdict: Verdict | None) -> LedgerCell | None:
