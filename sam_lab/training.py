@@ -55,7 +55,6 @@ __all__ = [
     "late",
     "squared_error",
     "step_decay",
-    "triangle",
 ]
 
 Schedule = Callable[[float], float]
@@ -171,22 +170,6 @@ def step_decay(factors: Mapping[float, float]) -> Schedule:
         return passed[-1] if passed else 1.0
 
     return factor
-
-
-def triangle(peak: float, start: float = 0.2) -> Schedule:
-    """Along a straight line from `start` up to 1 at the share `peak` of the epochs, and along
-    another down to 0: what short trainings use.
-
-    Raises:
-        ValueError: a peak outside (0, 1), or a start outside [0, 1].
-    """
-    if not (0 < peak < 1 and 0 <= start <= 1):
-        raise ValueError(
-            f"peak must lie between 0 and 1, and start in [0, 1], got {peak:g} and {start:g}"
-        )
-    return lambda done: (
-        start + (1 - start) * done / peak if done < peak else (1 - done) / (1 - peak)
-    )
 
 
 # --- the loop -------------------------------------------------------------------------------------

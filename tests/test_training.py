@@ -38,7 +38,6 @@ from sam_lab.training import (
     late,
     squared_error,
     step_decay,
-    triangle,
 )
 
 N, BATCH, STEPS = 20, 8, 3  # the third batch of an epoch has 4 examples
@@ -865,8 +864,6 @@ def rates(phases, schedule, optimizer=MOMENTUM):
         (step_decay({0.7: 0.5}), [1.0] * 7 + [0.5] * 3),
         (step_decay({0: 0.5, 1: 0.1}), [0.5] * 10),
         (step_decay({}), [1.0] * 10),
-        (triangle(0.2), [0.2, 0.6] + [1 - epoch / 8 for epoch in range(8)]),
-        (triangle(0.25, 0.0), [0, 0.4, 0.8] + [(10 - epoch) / 7.5 for epoch in range(3, 10)]),
     ],
 )
 def test_a_schedule_is_one_across_all_phases(schedule, factors):
@@ -954,8 +951,6 @@ WRONG = {
     "share above 1": (lambda: step_decay({1.5: 0.1}), r"factors must map .* got \{1.5: 0.1\}"),
     "factor 0": (lambda: step_decay({0.5: 0.0}), r"factors must map .* got \{0.5: 0.0\}"),
     "factor nan": (lambda: step_decay({0.5: math.nan}), "factors must map .* got {0.5: nan}"),
-    "peak 1": (lambda: triangle(1), r"peak must lie between 0 and 1, .* got 1 and 0.2"),
-    "start below 0": (lambda: triangle(0.5, -1), r"start in \[0, 1\], got 0.5 and -1"),
     "model": (lambda: training_of(model=len), "model must be a torch.nn.Module, got <built-in"),
     "x": (
         lambda: training_of(x=X.numpy()),

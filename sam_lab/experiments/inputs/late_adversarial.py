@@ -84,9 +84,9 @@ DESKTOP = Config(
     attack_steps=4,
 )
 FAST = Config(
-    CIFAR_FAST.but(test=2000),
+    CIFAR_FAST.but(test=2000, epochs=12),
     eps=4 / 255,
-    schedules=("triangle",),
+    schedules=("cosine",),
     n_autoattack=500,
 )
 PAPER = Config(

@@ -24,10 +24,10 @@ from sam_lab.training import (
     Schedule,
     Training,
     constant,
+    cosine,
     early,
     late,
     step_decay,
-    triangle,
 )
 
 __all__ = [
@@ -48,8 +48,8 @@ SCHEDULES: dict[str, Schedule] = {
     "steps": step_decay({0.3: 0.2, 0.6: 0.04}),
     # what a practitioner would do: the late phase at the full rate, then a short one at a small
     "drop": step_decay({0.9: 0.1}),
-    # that of short trainings
-    "triangle": triangle(0.2),
+    # what a short training wants: it ends near zero
+    "cosine": cosine,
 }
 
 
