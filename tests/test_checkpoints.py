@@ -101,6 +101,16 @@ def test_an_interrupted_run_ends_as_one_that_was_not(case, tmp_path):
     assert ticks[0][0] == last + 1 and ticks[-1][0] == ticks[-1][1]
 
 
+@pytest.mark.parametrize("case", ["full batch", "minibatches"])
+def test_a_run_that_diverges_ends(case, tmp_path):
+    """Steps that are skipped, as their gradient is not finite, count as steps of the run."""
+    run, config, setting = CASES[case]
+    config = dataclasses.replace(config, every=config.steps)
+    cell = Cell({**setting, "lr": 1e30}, 1, checkpoints=Checkpoints(tmp_path, every=0))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        run(config, cell)
+
+
 def test_a_finished_training_is_taken_up_too_and_only_measured_again(tmp_path):
     run, config, setting = CASES["late SAM"]
     first = run(config, Cell(setting, 1, checkpoints=Checkpoints(tmp_path, 0)))

@@ -110,12 +110,11 @@ def follow(
 ) -> Columns:
     """So many steps of SAM on one loss, from the first to the last as `EdgeRecorder` sees them."""
     record = EdgeRecorder(sam, closure, every=every, tol=tol)
-    take_up(cell, sam, record)
-    while sam.steps < steps:
+    for step in range(take_up(cell, sam, record), steps):
         record()
         keep(cell, sam, record)
         sam.step(closure)
-        cell.tick(sam.steps, steps)
+        cell.tick(step + 1, steps)
     record(now=True)
     return record.columns
 
@@ -132,17 +131,18 @@ def keep(cell: Cell, sam: SAM, *records: EdgeRecorder) -> None:
     )
 
 
-def take_up(cell: Cell, sam: SAM, *records: EdgeRecorder) -> None:
-    """Go on from where a run was saved, if it was."""
+def take_up(cell: Cell, sam: SAM, *records: EdgeRecorder) -> int:
+    """Go on from where a run was saved, if it was; how many steps it had made or skipped."""
     state = cell.checkpoints.load("run", cell.device)
     if state is None:
-        return
+        return 0
     with torch.no_grad():
         for p, saved in zip(sam.params, state["params"], strict=True):
             p.copy_(saved)
     sam.load_state_dict(state["sam"])
     for record, saved in zip(records, state["records"], strict=True):
         record.load_state_dict(saved)
+    return sam.steps + sam.skipped
 
 
 def full_batch(

@@ -145,16 +145,16 @@ def run(config: Config, cell: Cell) -> Columns:
 
     record = EdgeRecorder(sam, lambda: loss(*fixed), every=config.every, tol=config.tol)
     record_batch = EdgeRecorder(sam, current, every=config.every, tol=config.tol)
-    at_the_edge.take_up(cell, sam, record, record_batch)
-    for _ in range(sam.steps + 1):  # what has been trained on is drawn again and passed over
+    begun = at_the_edge.take_up(cell, sam, record, record_batch)
+    for _ in range(begun + 1):  # what has been trained on is drawn again and passed over
         batch = draw()
-    while sam.steps < config.steps:
+    for step in range(begun, config.steps):
         record()
         record_batch()
         at_the_edge.keep(cell, sam, record, record_batch)
         sam.step(current)
         batch = draw()
-        cell.tick(sam.steps, config.steps)
+        cell.tick(step + 1, config.steps)
     record(now=True)
     record_batch(now=True)
     return record.columns | {PREFIX + name: kept for name, kept in record_batch.columns.items()}
