@@ -41,6 +41,7 @@ from sam_lab.perturbations import sam as sam_rule
 from sam_lab.perturbations import unnormalized
 from sam_lab.sam import SAM
 from sam_lab.stability import gd_edge, sam_edge
+from sam_lab.state import check_state
 from sam_lab.tracker import SharpnessTracker
 
 __all__ = ["BATCH_COLUMNS", "COLUMNS", "BatchSharpness", "EdgeRecorder", "batch_sharpness"]
@@ -289,9 +290,7 @@ class EdgeRecorder:
             ValueError: the state is not one of `state_dict`, or of a recorder with other columns
                 or another number of parameters. Nothing has been loaded then.
         """
-        if not isinstance(state, Mapping) or set(state) != {"columns", "tracker"}:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state must have the keys ['columns', 'tracker'], got {got}")
+        check_state(state, ("columns", "tracker"))
         if set(state["columns"]) != set(self.columns):
             raise ValueError(
                 f"state has the columns {sorted(state['columns'])}, and this recorder "

@@ -40,7 +40,7 @@ from sam_lab._checks import check_nonnegative
 from sam_lab.methods import Method, State, plain
 from sam_lab.objective import Closure
 from sam_lab.perturbations import HALF, Rule, dithered, global_norm, sam, shard
-from sam_lab.state import RandomState, kept_buffers, load_optimizer
+from sam_lab.state import RandomState, check_state, kept_buffers, load_optimizer
 
 __all__ = ["SAM"]
 
@@ -415,10 +415,7 @@ class SAM:
             ValueError: the state is not one of `state_dict`, or of a SAM with another rule,
                 generator or optimizer. Nothing has been loaded then.
         """
-        mine = {"optimizer", "steps", "skipped", "generator", "rule"}
-        if not isinstance(state, Mapping) or set(state) - {"method"} != mine:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state must have the keys {sorted(mine)}, got {got}")
+        check_state(state, ("optimizer", "steps", "skipped", "generator", "rule"), ("method",))
         for name, has in (
             ("generator", self.generator is not None),
             ("rule", hasattr(self.rule, "state_dict")),

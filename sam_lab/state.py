@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "RandomState",
+    "check_state",
     "evaluating",
     "kept_buffers",
     "load_optimizer",
@@ -160,6 +161,14 @@ def save_whole(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def check_state(state: Any, keys: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """ValueError unless a state that is to be loaded has these keys, and no others but these."""
+    wanted = set(keys)
+    if not isinstance(state, Mapping) or set(state) - set(optional) != wanted:
+        got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"state must have the keys {sorted(wanted)}, got {got}")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from sam_lab._checks import check_integer, check_positive
 from sam_lab.curvature import Eigenpairs, Hessian
 from sam_lab.eigensolvers import extrapolate, missing
 from sam_lab.objective import Closure
+from sam_lab.state import check_state
 
 __all__ = ["SharpnessTracker"]
 
@@ -190,10 +191,7 @@ class SharpnessTracker:
             ValueError: the state is not one of `state_dict`, or of another number of parameters.
                 Nothing has been loaded then.
         """
-        mine = set(self.state_dict())
-        if not isinstance(state, Mapping) or set(state) != mine:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state must have the keys {sorted(mine)}, got {got}")
+        check_state(state, self.state_dict())
         size, points = self.hessian.shape[0], state["points"]
         if any(len(point) != size for point in points):
             raise ValueError(

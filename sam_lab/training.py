@@ -41,7 +41,7 @@ from sam_lab.objective import Closure
 from sam_lab.perturbations import Rule
 from sam_lab.perturbations import sam as sam_rule
 from sam_lab.sam import SAM
-from sam_lab.state import RandomState, evaluating, load_optimizer, save_whole
+from sam_lab.state import RandomState, check_state, evaluating, load_optimizer, save_whole
 
 __all__ = [
     "Phase",
@@ -336,10 +336,7 @@ class Training:
                 its epochs had another learning rate or phase than they would have here; or of
                 another model or optimizer. Nothing has been loaded then.
         """
-        mine = {"epoch", "model", "optimizer", "history", "draws"}
-        if not isinstance(state, Mapping) or set(state) - {"method"} != mine:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state must have the keys {sorted(mine)}, got {got}")
+        check_state(state, ("epoch", "model", "optimizer", "history", "draws"), ("method",))
         if state["draws"] != self._draws():
             raise ValueError(
                 f"state is of a training with {state['draws']}, this one has {self._draws()}"
