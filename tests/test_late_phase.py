@@ -163,12 +163,9 @@ def test_the_presets_are_the_networks_they_name(task, parameters):
         training, dataset = late_phase.prepare(few, Cell(late_phase.settings(few)[0]))
         assert sum(p.numel() for p in training.model.parameters()) == count
         assert dataset.classes == 10 and training.epochs == preset.recipe.epochs
-        assert late_phase.LATE in preset.late and late_phase.LATE in preset.early
-        assert 0.5 in preset.early
-        if scale == "fast":
-            assert preset.schedules == ("cosine",)
-        else:
-            assert 0.5 in preset.late and preset.schedules[:2] == ("constant", "steps")
+        assert {0.5, late_phase.LATE} <= {*preset.late} & {*preset.early}
+        named = ("steps",) if scale == "fast" else ("constant", "steps")
+        assert preset.schedules[:2] == named
     assert set(parameters) == set(task.EXPERIMENT.presets)
 
 
@@ -431,7 +428,6 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
 
 
 def test_claims_on_schedules_and_switches_that_a_scale_lacks_do_not_apply():
-    """As at the scale "fast": one schedule, and no switch at half time but away from SAM."""
     whole = dataclasses.replace(RUNS[0], settings={**BASE, "schedule": "cosine"})
     there = np.array([name != "late 0.5" for name in NAMES])
     columns = {name: whole[name][there].tolist() for name in whole.columns}
@@ -446,6 +442,19 @@ def test_claims_on_schedules_and_switches_that_a_scale_lacks_do_not_apply():
         assert (verdict.verdict == "does not apply") == lacks, (name, verdict.reason)
     assert "'constant'" in verdicts["learning-rate-decides"].reason
     assert "schedule=steps" in verdicts["sam-is-flatter-in-steps"].reason
+
+
+def test_where_all_runs_fall_in_steps_the_claims_that_say_so_have_them():
+    """As at the scale "fast"."""
+    stepped = next(run for run in RUNS if run.settings == {**BASE, "schedule": "steps"})
+    result = result_of(CONFIG, *(dataclasses.replace(stepped, seed=seed) for seed in range(3)))
+    verdicts = {claim.id: claim.judge(result) for claim in late_phase.CLAIMS}
+    for name, verdict in verdicts.items():
+        if name.endswith("-in-steps"):
+            assert verdict.values[0] == verdict.values[2] and verdict.verdict != "does not apply"
+        else:
+            assert verdict.verdict == "does not apply", name
+    assert "falls in steps in all runs" in verdicts["sam-is-flatter"].reason
 
 
 def test_a_claim_has_one_number_from_each_seed():

@@ -29,6 +29,7 @@ from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns,
 from sam_lab.experiments.lab.statistics import Ratio, farthest_from_one
 from sam_lab.experiments.late import switching
 from sam_lab.experiments.late.switching import (
+    IN_STEPS,
     SCHEDULES,
     branches,
     ends,
@@ -36,6 +37,7 @@ from sam_lab.experiments.late.switching import (
     reached,
     scheduled,
     summed_lr,
+    unless_in_steps,
 )
 from sam_lab.experiments.recipe import Recipe
 from sam_lab.objective import Closure
@@ -265,7 +267,6 @@ def _late_sharpness(run: Run) -> float:
 
 NO_FLATTER = "SAM was no flatter than SGD here"
 NOTHING_SAVED = "SAM saved no test error here"
-IN_STEPS = "With a learning rate that falls in steps, "  # how such a statement begins
 
 
 @claim(AFTER_ZHOU, high=0.8, domain="positive")
@@ -433,9 +434,13 @@ _IN_STEPS = [
         *_AFTERWARDS,
     )
 ]
-CLAIMS = [*_AT_THE_BASE, *_AFTERWARDS, *_IN_STEPS, learning_rate_decides]
-"""The paper's claims on one task, with the schedule of the base (a constant learning rate, but at
-`late_images`' scale "fast") and with that of the paper's code, and what decides them."""
+CLAIMS = [
+    *map(unless_in_steps, [*_AT_THE_BASE, *_AFTERWARDS]),
+    *_IN_STEPS,
+    learning_rate_decides,
+]
+"""The paper's claims on one task, with a constant learning rate and with the schedule of the
+paper's code, and what decides them."""
 
 
 @claim(OURS, 0.8, 1.25, set_after=True, headline=True, domain="positive")

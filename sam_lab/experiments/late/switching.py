@@ -9,11 +9,12 @@ setting share their weights up to the switch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sam_lab.experiments.lab.claims import NotApplicable
+from sam_lab.experiments.lab.claims import Claim, NotApplicable
 from sam_lab.experiments.lab.cost import measurement
 from sam_lab.experiments.lab.experiment import Cell
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
@@ -31,6 +32,7 @@ from sam_lab.training import (
 )
 
 __all__ = [
+    "IN_STEPS",
     "SCHEDULES",
     "against_share",
     "branches",
@@ -40,7 +42,11 @@ __all__ = [
     "reached",
     "scheduled",
     "summed_lr",
+    "unless_in_steps",
 ]
+
+IN_STEPS = "With a learning rate that falls in steps, "
+"""How a claim on the runs with the schedule "steps" begins."""
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
@@ -219,6 +225,18 @@ def scheduled(runs: SeedRuns, schedule: str) -> Run:
             f"{', '.join(sorted(there))}"
         )
     return runs.base(schedule=schedule)
+
+
+def unless_in_steps(claim: Claim) -> Claim:
+    """The claim at a scale whose base has another schedule than "steps"; where it has that one, the
+    runs belong to the claim that begins with `IN_STEPS`."""
+
+    def statistic(runs: SeedRuns) -> float | Ratio:
+        if runs.runs[0].settings["schedule"] == "steps":
+            raise NotApplicable("the learning rate falls in steps in all runs at this scale")
+        return claim(runs)
+
+    return replace(claim, statistic=statistic)
 
 
 def against_share(
