@@ -336,7 +336,7 @@ def after(time):
 
 SHARPNESS = {
     **{"sgd": 16.0, "full": 1.0, "late 0.5": 2.0, "late 0.75": after(0.1), "late 0.9": 4.0},
-    **{"early 0.5": 4.0, "early 0.9": 8.0},
+    **{"early 0.25": 6.0, "early 0.5": 4.0, "early 0.9": 8.0},
 }
 
 
@@ -347,7 +347,7 @@ RUNS = [
         trace={"sgd": 100.0, "full": 10.0, "late 0.9": 10**1.25},
         test_error={
             **{"sgd": 0.30, "full": 0.25, "late 0.9": 0.27, "late 0.75": 0.27},
-            **{"late 0.5": 0.26, "early 0.5": 0.28, "early 0.9": 0.26},
+            **{"late 0.5": 0.26, "early 0.25": 0.29, "early 0.5": 0.28, "early 0.9": 0.26},
         },
         barrier={"late 0.9": 0.02},
         switch_objective={"late 0.9": 0.5},
@@ -358,8 +358,10 @@ RUNS = [
         trace={"sgd": 100.0, "full": 1.0, "late 0.9": 10**1.5},
         test_error={
             **{"sgd": 0.40, "full": 0.39, "late 0.9": 0.38, "late 0.75": 0.375},
-            **{"late 0.5": 0.37, "early 0.5": 0.36, "early 0.9": 0.392},
+            **{"late 0.5": 0.37, "early 0.25": 0.395, "early 0.5": 0.36, "early 0.9": 0.392},
         },
+        barrier={"late 0.9": 0.04},
+        switch_objective={"late 0.9": 0.5},
     ),
     run_of(
         {**BASE, "schedule": "drop"},
@@ -396,6 +398,16 @@ EXPECTED = {
     "early-sam-is-forgotten-in-test-error": 4 / 5,
     "an-earlier-switch-is-flatter": 1.0,
     "an-earlier-switch-generalizes-better": 0.95,  # of ten pairs one is a tie
+    "early-half-ends-no-flatter": 0.25,
+    "early-half-saves": 2.0,
+    "early-half-ends-no-flatter-in-steps": 0.25,
+    "early-half-saves-in-steps": 4.0,
+    "no-barrier-in-steps": 0.08,
+    # of 28 pairs; at a constant rate two of them are runs with SAM in as many epochs
+    "clock-orders-test-error": 23 / 28,
+    "clock-orders-sharpness": 19.5 / 28,
+    "clock-orders-test-error-in-steps": 17 / 28,
+    "clock-orders-sharpness-in-steps": 19 / 28,
     "sam-is-flatter-in-steps": 1 / 8,
     "late-sam-is-as-flat-in-steps": 1 / 3,  # 16 to 8 to 2
     "late-sam-is-as-flat-in-trace-in-steps": 0.25,
@@ -463,14 +475,15 @@ def test_a_claim_has_one_number_from_each_seed():
     assert verdict.values == (1 / 16, 1 / 4)
 
 
-def test_claims_in_steps_were_set_after_the_first_data_and_two_of_them_are_headlines():
+def test_claims_in_steps_were_set_after_the_first_data_and_three_of_them_are_headlines():
     in_steps = [claim for claim in CLAIMS if claim.statement.startswith(late_phase.IN_STEPS)]
-    assert len(in_steps) == 13
+    assert len(in_steps) == 18
     for claim in in_steps:
         assert claim.id.endswith("-in-steps") and claim.set_after
     assert list(dict.fromkeys(claim.id for claim in in_steps if claim.headline)) == [
         "late-sam-saves-half-in-steps",
         "early-sam-is-forgotten-in-test-error-in-steps",
+        "clock-orders-test-error-in-steps",
     ]
 
 

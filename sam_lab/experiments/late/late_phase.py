@@ -32,6 +32,7 @@ from sam_lab.experiments.late.switching import (
     IN_STEPS,
     SCHEDULES,
     branches,
+    clock,
     ends,
     off_the_clock,
     reached,
@@ -254,9 +255,20 @@ def _in_order(run: Run, name: str) -> float:
     """Of all pairs of late switches, the share in which the longer phase of SAM has the smaller
     value; a tie counts half."""
     late = run["switched_off"] == run["switched_off"].max()
-    values = run[name][late][np.argsort(run["switched_on"][late])]
-    pairs = itertools.combinations(values, 2)
-    return float(np.mean([(1 + np.sign(later - earlier)) / 2 for earlier, later in pairs]))
+    return _falling(-run["switched_on"][late], run[name][late])
+
+
+def _by_the_clock(runs: SeedRuns, name: str) -> float:
+    """Of all pairs of runs, the share in which the one with the larger summed learning rate of SAM
+    has the smaller value; a tie counts half."""
+    run = runs.base()
+    return _falling(clock(runs, run), run[name])
+
+
+def _falling(x: np.ndarray, y: np.ndarray) -> float:
+    """Of all pairs of points, the share in which y falls as x grows; a tie counts half."""
+    pairs = itertools.combinations(zip(x, y, strict=True), 2)
+    return float(np.mean([(1 - np.sign((b - a) * (d - c))) / 2 for (a, c), (b, d) in pairs]))
 
 
 def _late_sharpness(run: Run) -> float:
@@ -377,7 +389,8 @@ _AT_THE_BASE = [
     no_barrier,
 ]
 # Asked after the runs were seen: the paper's headline under the schedule of its code, what SAM does
-# to the test error when SGD has the last word, and the order of the switching times.
+# to the test error when SGD has the last word, whether that takes a flatter end, and the order of
+# the switching times.
 
 
 @claim(AFTER_ZHOU, low=0.5, set_after=True, undefined=NOTHING_SAVED)
@@ -408,18 +421,53 @@ def an_earlier_switch_generalizes_better(runs: SeedRuns) -> float:
     return _in_order(runs.base(), "test_error")
 
 
+@claim(OURS, low=0.9, domain="positive", set_after=True)
+def early_half_ends_no_flatter(runs: SeedRuns) -> float:
+    """After SAM in the first half of the epochs, SGD in the second half ends no flatter than SGD
+    throughout: sharpness of the training objective, the former's over the latter's"""
+    return _ratio(runs.base(), SHARPNESS, ("early", 0.5), SGD_ONLY)
+
+
+@claim(OURS, low=0.0, unit="points", set_after=True)
+def early_half_saves(runs: SeedRuns) -> float:
+    """After SAM in the first half of the epochs, SGD in the second half ends with a smaller test
+    error than SGD throughout: by how much it is smaller"""
+    return _points(runs.base(), SGD_ONLY, ("early", 0.5))
+
+
+@claim(OURS, low=0.75, domain="share", set_after=True)
+def clock_orders_test_error(runs: SeedRuns) -> float:
+    """Whether SAM comes first or last, the larger the learning rate summed over its epochs, the
+    smaller the test error: share of pairs of runs, SGD and SAM throughout among them, whose test
+    error is in this order"""
+    return _by_the_clock(runs, "test_error")
+
+
+@claim(OURS, low=0.75, domain="share", set_after=True)
+def clock_orders_sharpness(runs: SeedRuns) -> float:
+    """Whether SAM comes first or last, the larger the learning rate summed over its epochs, the
+    flatter the end: share of pairs of runs, SGD and SAM throughout among them, whose sharpness is
+    in this order"""
+    return _by_the_clock(runs, SHARPNESS)
+
+
 _AFTERWARDS = [
     late_sam_saves_half,
     early_sam_is_forgotten_in_test_error,
     an_earlier_switch_is_flatter,
     an_earlier_switch_generalizes_better,
+    early_half_ends_no_flatter,
+    early_half_saves,
+    clock_orders_test_error,
+    clock_orders_sharpness,
 ]
 # With the criteria of the others.
 _IN_STEPS = [
     dataclasses.replace(
         one.under("in-steps", IN_STEPS, schedule="steps"),
         set_after=True,
-        headline=one in (late_sam_saves_half, early_sam_is_forgotten_in_test_error),
+        headline=one
+        in (late_sam_saves_half, early_sam_is_forgotten_in_test_error, clock_orders_test_error),
     )
     for one in (
         sam_is_flatter,
@@ -431,6 +479,7 @@ _IN_STEPS = [
         late_half_counts_more,
         late_half_generalizes_better,
         early_sam_is_forgotten,
+        no_barrier,
         *_AFTERWARDS,
     )
 ]

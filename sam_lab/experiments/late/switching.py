@@ -36,6 +36,7 @@ __all__ = [
     "SCHEDULES",
     "against_share",
     "branches",
+    "clock",
     "cost",
     "ends",
     "off_the_clock",
@@ -272,13 +273,18 @@ def summed_lr(runs: SeedRuns, name: str, **changed: Any) -> tuple[np.ndarray, np
     """
     run = runs.base(**changed)
     on, off = run["switched_on"], run["switched_off"]
-    epochs = int(off.max())
-    chosen = (off == epochs) & (on < off) & (on > 0)
-    schedule = SCHEDULES[run.settings["schedule"]]
-    rates = runs.config["recipe"]["lr"] * np.array([schedule(e / epochs) for e in range(epochs)])
-    sums = np.array([rates[int(at) :].sum() for at in on[chosen]])
+    chosen = (off == off.max()) & (on < off) & (on > 0)
+    sums = clock(runs, run)[chosen]
     order = np.argsort(sums)
     return sums[order], run[name][chosen][order]
+
+
+def clock(runs: SeedRuns, run: Run) -> np.ndarray:
+    """The learning rate summed over the epochs of what is studied, for each row of a run."""
+    on, off = (run[name].astype(int) for name in ("switched_on", "switched_off"))
+    schedule, epochs = SCHEDULES[run.settings["schedule"]], off.max()
+    rates = runs.config["recipe"]["lr"] * np.array([schedule(e / epochs) for e in range(epochs)])
+    return np.array([rates[begin:end].sum() for begin, end in zip(on, off, strict=True)])
 
 
 def off_the_clock(
