@@ -32,7 +32,6 @@ from sam_lab.experiments.late.switching import (
     IN_STEPS,
     SCHEDULES,
     branches,
-    clock,
     ends,
     off_the_clock,
     reached,
@@ -258,11 +257,11 @@ def _in_order(run: Run, name: str) -> float:
     return _falling(-run["switched_on"][late], run[name][late])
 
 
-def _by_the_clock(runs: SeedRuns, name: str) -> float:
-    """Of all pairs of runs, the share in which the one with the larger summed learning rate of SAM
-    has the smaller value; a tie counts half."""
+def _by_epochs(runs: SeedRuns, name: str) -> float:
+    """Of all pairs of runs, the share in which the one with more epochs of SAM has the smaller
+    value; a tie counts half."""
     run = runs.base()
-    return _falling(clock(runs, run), run[name])
+    return _falling(run["switched_off"] - run["switched_on"], run[name])
 
 
 def _falling(x: np.ndarray, y: np.ndarray) -> float:
@@ -436,19 +435,17 @@ def early_half_saves(runs: SeedRuns) -> float:
 
 
 @claim(OURS, low=0.75, domain="share", set_after=True)
-def clock_orders_test_error(runs: SeedRuns) -> float:
-    """Whether SAM comes first or last, the larger the learning rate summed over its epochs, the
-    smaller the test error: share of pairs of runs, SGD and SAM throughout among them, whose test
-    error is in this order"""
-    return _by_the_clock(runs, "test_error")
+def more_epochs_generalize_better(runs: SeedRuns) -> float:
+    """Whether SAM comes first or last, the more epochs it has, the smaller the test error: share of
+    pairs of runs, SGD and SAM throughout among them, whose test error is in this order"""
+    return _by_epochs(runs, "test_error")
 
 
 @claim(OURS, low=0.75, domain="share", set_after=True)
-def clock_orders_sharpness(runs: SeedRuns) -> float:
-    """Whether SAM comes first or last, the larger the learning rate summed over its epochs, the
-    flatter the end: share of pairs of runs, SGD and SAM throughout among them, whose sharpness is
-    in this order"""
-    return _by_the_clock(runs, SHARPNESS)
+def more_epochs_are_flatter(runs: SeedRuns) -> float:
+    """Whether SAM comes first or last, the more epochs it has, the flatter the end: share of pairs
+    of runs, SGD and SAM throughout among them, whose sharpness is in this order"""
+    return _by_epochs(runs, SHARPNESS)
 
 
 _AFTERWARDS = [
@@ -458,8 +455,8 @@ _AFTERWARDS = [
     an_earlier_switch_generalizes_better,
     early_half_ends_no_flatter,
     early_half_saves,
-    clock_orders_test_error,
-    clock_orders_sharpness,
+    more_epochs_generalize_better,
+    more_epochs_are_flatter,
 ]
 # With the criteria of the others.
 _IN_STEPS = [
@@ -467,7 +464,11 @@ _IN_STEPS = [
         one.under("in-steps", IN_STEPS, schedule="steps"),
         set_after=True,
         headline=one
-        in (late_sam_saves_half, early_sam_is_forgotten_in_test_error, clock_orders_test_error),
+        in (
+            late_sam_saves_half,
+            early_sam_is_forgotten_in_test_error,
+            more_epochs_generalize_better,
+        ),
     )
     for one in (
         sam_is_flatter,
