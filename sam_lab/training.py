@@ -23,7 +23,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -38,7 +38,7 @@ from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
 from sam_lab.methods import Method, plain
 from sam_lab.objective import Closure
-from sam_lab.perturbations import Rule
+from sam_lab.perturbations import HALF, Rule
 from sam_lab.perturbations import sam as sam_rule
 from sam_lab.sam import SAM
 from sam_lab.state import RandomState, check_state, evaluating, load_optimizer, save_whole
@@ -194,6 +194,9 @@ class Training:
         carry: whether the state of the optimizer (momentum) survives from phase to phase. If not,
             every phase begins with an empty one, as where each phase has an optimizer of its own.
         seed: determines all that an epoch draws.
+        autocast: what `torch.autocast` computes the passes in, such as ``torch.bfloat16``; the
+            parameters, SAM's perturbation and the optimizer's state stay as they are. None for no
+            autocast.
 
     Attributes:
         epoch: how many epochs are done.
@@ -223,6 +226,7 @@ class Training:
         augment: Augmentation | None = None,
         carry: bool = True,
         seed: int = 0,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r:.80}")
@@ -238,6 +242,9 @@ class Training:
         self.loss_fn, self.schedule, self.augment = loss_fn, schedule, augment
         self.batch = check_integer("batch", batch, 1)
         self.carry, self.seed = carry, check_integer("seed", seed, 0)
+        if autocast is not None and autocast not in HALF:
+            raise ValueError(f"autocast must be None or one of {HALF}, got {autocast!r}")
+        self.autocast = autocast
         self._make = optimizer
         self.optimizer = _made(optimizer, model)
         self._lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -406,7 +413,8 @@ class Training:
                 counting = self.model.register_forward_hook(count)
                 try:
                     if phase.attack is not None:
-                        x = phase.attack(self.model, x, y, generator=self._generator)
+                        with self._casting():
+                            x = phase.attack(self.model, x, y, generator=self._generator)
                     losses.append(sam.step(partial(self._loss, x, y)))
                 finally:
                     counting.remove()
@@ -436,7 +444,13 @@ class Training:
         }
 
     def _loss(self, x: Tensor, y: Tensor, examples: Tensor | slice = slice(None)) -> Tensor:
-        return self.loss_fn(self.model(x[examples]), y[examples])
+        with self._casting():
+            return self.loss_fn(self.model(x[examples]), y[examples])
+
+    def _casting(self) -> AbstractContextManager[object]:
+        if self.autocast is None:  # and not one that is disabled: there may be one around us
+            return nullcontext()
+        return torch.autocast(self.x.device.type, self.autocast)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x), generator=self._generator, device=self.x.device)

@@ -1,7 +1,9 @@
 """A small problem that the tests of SAM share, and what they compare."""
 
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +27,19 @@ def network(*extra, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(3, 4), *extra, nn.Tanh(), nn.Linear(4, 1))
+
+
+@contextmanager
+def nothing_waits():
+    """An error where the host waits for CUDA inside."""
+    try:
+        with warnings.catch_warnings():
+            # that not every wait is found
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def loss_of(model):

@@ -167,6 +167,9 @@ def test_a_wide_residual_network_runs_too():
         n_autoattack=2,
     )
     columns = late_adversarial.run(config, Cell({"schedule": "steps"}, 10))
+    assert columns == late_adversarial.run(
+        dataclasses.replace(config, eps=0.5), Cell({"schedule": "steps", "eps": config.eps}, 10)
+    )
     assert all(np.isfinite(values).all() for values in columns.values())
 
 
@@ -178,6 +181,7 @@ def test_a_small_grid_gives_every_claim_a_number():
         late=(0.5, 0.9),
         early=(0.5, 0.9),
         schedules=("constant", "steps"),
+        further=(8 / 255,),
         n_all_attacks=2,
     )
     result = experiments.run(
@@ -218,6 +222,10 @@ def trained(schedule, **errors):
     )
 
 
+def at_radius(run, eps):
+    return dataclasses.replace(run, settings={**run.settings, "eps": eps})
+
+
 # half of the epochs before a drop to a tenth for the last are 0.41 at a constant rate, of which the
 # last tenth is 0.1 and the half 0.5
 CLOCK = 0.35 - 0.1 * math.log(4.1) / math.log(5)
@@ -253,11 +261,51 @@ EXPECTED = {
     "two-attacks-suffice": 0.5,
     "learning-rate-is-the-clock": 30.0,
 }
+# the numbers of the runs in steps, at twice the radius of runs at a constant rate
+AT_TWICE = {
+    name.replace("in-steps", "at-8-255"): value
+    for name, value in EXPECTED.items()
+    if name.endswith("-in-steps")
+}
 
 
 def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
     runs = seed_runs(CONFIG, *RUNS)
-    check_statistics(late_adversarial.CLAIMS, {name: (runs, x) for name, x in EXPECTED.items()})
+    wider = dataclasses.replace(RUNS[1], settings={"schedule": "constant", "eps": 8 / 255})
+    radii = seed_runs(CONFIG, at_radius(RUNS[0], 4 / 255), wider)
+    cases = {name: (runs, x) for name, x in EXPECTED.items()}
+    cases |= {name: (radii, x) for name, x in AT_TWICE.items()}
+    check_statistics(late_adversarial.CLAIMS, cases)
+
+
+def test_where_all_runs_fall_in_steps_the_claims_that_say_so_have_them():
+    """As at the scale "fast", which has two radii besides."""
+    runs = [
+        dataclasses.replace(at_radius(RUNS[1], eps), seed=seed)
+        for eps in (4 / 255, 8 / 255)
+        for seed in range(3)
+    ]
+    result = result_of(CONFIG, *runs)
+    verdicts = {claim.id: claim.judge(result) for claim in late_adversarial.CLAIMS}
+    for claim in late_adversarial.UNDER_EACH_SCHEDULE:
+        plain, stepped, wider = (
+            verdicts[claim.id + suffix] for suffix in ("", "-in-steps", "-at-8-255")
+        )
+        assert plain.verdict == "does not apply" and "falls in steps" in plain.reason
+        for verdict in (stepped, wider):
+            expected = pytest.approx(EXPECTED[f"{claim.id}-in-steps"])
+            assert verdict.mean == expected, claim.id
+
+
+def test_a_setting_names_its_radius_where_there_are_several():
+    config = dataclasses.replace(TINY, schedules=("constant", "steps"))
+    assert late_adversarial.settings(config) == [{"schedule": "constant"}, {"schedule": "steps"}]
+    wider = dataclasses.replace(config, eps=0.1, further=(0.2,))
+    assert late_adversarial.settings(wider) == [
+        {"schedule": "constant", "eps": 0.1},
+        {"schedule": "steps", "eps": 0.1},
+        {"schedule": "constant", "eps": 0.2},
+    ]
 
 
 def test_how_long_a_late_phase_has_had_is_the_learning_rate_summed_over_its_epochs():
@@ -276,7 +324,7 @@ def test_claims_on_schedules_that_a_scale_lacks_do_not_apply():
     ]
     for claim in late_adversarial.CLAIMS:
         verdict = claim.judge(result_of(CONFIG, *runs))
-        lacks = claim.id.endswith("-in-steps") or claim.id in {
+        lacks = claim.id.endswith(("-in-steps", "-at-8-255")) or claim.id in {
             "schedule-decides",
             "learning-rate-is-the-clock",
         }

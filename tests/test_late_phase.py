@@ -163,12 +163,9 @@ def test_the_presets_are_the_networks_they_name(task, parameters):
         training, dataset = late_phase.prepare(few, Cell(late_phase.settings(few)[0]))
         assert sum(p.numel() for p in training.model.parameters()) == count
         assert dataset.classes == 10 and training.epochs == preset.recipe.epochs
-        assert late_phase.LATE in preset.late and late_phase.LATE in preset.early
-        assert 0.5 in preset.early
-        if scale == "fast":
-            assert preset.schedules == ("cosine",)
-        else:
-            assert 0.5 in preset.late and preset.schedules[:2] == ("constant", "steps")
+        assert {0.5, late_phase.LATE} <= {*preset.late} & {*preset.early}
+        named = ("steps",) if scale == "fast" else ("constant", "steps")
+        assert preset.schedules[:2] == named
     assert set(parameters) == set(task.EXPERIMENT.presets)
 
 
@@ -339,7 +336,7 @@ def after(time):
 
 SHARPNESS = {
     **{"sgd": 16.0, "full": 1.0, "late 0.5": 2.0, "late 0.75": after(0.1), "late 0.9": 4.0},
-    **{"early 0.5": 4.0, "early 0.9": 8.0},
+    **{"early 0.25": 6.0, "early 0.5": 4.0, "early 0.9": 8.0},
 }
 
 
@@ -350,7 +347,7 @@ RUNS = [
         trace={"sgd": 100.0, "full": 10.0, "late 0.9": 10**1.25},
         test_error={
             **{"sgd": 0.30, "full": 0.25, "late 0.9": 0.27, "late 0.75": 0.27},
-            **{"late 0.5": 0.26, "early 0.5": 0.28, "early 0.9": 0.26},
+            **{"late 0.5": 0.26, "early 0.25": 0.29, "early 0.5": 0.28, "early 0.9": 0.26},
         },
         barrier={"late 0.9": 0.02},
         switch_objective={"late 0.9": 0.5},
@@ -361,8 +358,10 @@ RUNS = [
         trace={"sgd": 100.0, "full": 1.0, "late 0.9": 10**1.5},
         test_error={
             **{"sgd": 0.40, "full": 0.39, "late 0.9": 0.38, "late 0.75": 0.375},
-            **{"late 0.5": 0.37, "early 0.5": 0.36, "early 0.9": 0.392},
+            **{"late 0.5": 0.37, "early 0.25": 0.395, "early 0.5": 0.36, "early 0.9": 0.392},
         },
+        barrier={"late 0.9": 0.04},
+        switch_objective={"late 0.9": 0.5},
     ),
     run_of(
         {**BASE, "schedule": "drop"},
@@ -399,6 +398,16 @@ EXPECTED = {
     "early-sam-is-forgotten-in-test-error": 4 / 5,
     "an-earlier-switch-is-flatter": 1.0,
     "an-earlier-switch-generalizes-better": 0.95,  # of ten pairs one is a tie
+    "early-half-ends-no-flatter": 0.25,
+    "early-half-saves": 2.0,
+    "early-half-ends-no-flatter-in-steps": 0.25,
+    "early-half-saves-in-steps": 4.0,
+    "no-barrier-in-steps": 0.08,
+    # of 28 pairs; two of them are runs with SAM in as many epochs
+    "more-epochs-generalize-better": 23 / 28,
+    "more-epochs-are-flatter": 19.5 / 28,
+    "more-epochs-generalize-better-in-steps": 18 / 28,
+    "more-epochs-are-flatter-in-steps": 21 / 28,
     "sam-is-flatter-in-steps": 1 / 8,
     "late-sam-is-as-flat-in-steps": 1 / 3,  # 16 to 8 to 2
     "late-sam-is-as-flat-in-trace-in-steps": 0.25,
@@ -431,7 +440,6 @@ def test_a_claims_statistic_is_the_arithmetic_of_its_statement():
 
 
 def test_claims_on_schedules_and_switches_that_a_scale_lacks_do_not_apply():
-    """As at the scale "fast": one schedule, and no switch at half time but away from SAM."""
     whole = dataclasses.replace(RUNS[0], settings={**BASE, "schedule": "cosine"})
     there = np.array([name != "late 0.5" for name in NAMES])
     columns = {name: whole[name][there].tolist() for name in whole.columns}
@@ -448,20 +456,34 @@ def test_claims_on_schedules_and_switches_that_a_scale_lacks_do_not_apply():
     assert "schedule=steps" in verdicts["sam-is-flatter-in-steps"].reason
 
 
+def test_where_all_runs_fall_in_steps_the_claims_that_say_so_have_them():
+    """As at the scale "fast"."""
+    stepped = next(run for run in RUNS if run.settings == {**BASE, "schedule": "steps"})
+    result = result_of(CONFIG, *(dataclasses.replace(stepped, seed=seed) for seed in range(3)))
+    verdicts = {claim.id: claim.judge(result) for claim in late_phase.CLAIMS}
+    for name, verdict in verdicts.items():
+        if name.endswith("-in-steps"):
+            assert verdict.values[0] == verdict.values[2] and verdict.verdict != "does not apply"
+        else:
+            assert verdict.verdict == "does not apply", name
+    assert "falls in steps in all runs" in verdicts["sam-is-flatter"].reason
+
+
 def test_a_claim_has_one_number_from_each_seed():
     twice = [RUNS[0], run_of(seed=7, sharpness_objective={**SHARPNESS, "full": 4.0})]
     verdict = late_phase.sam_is_flatter.judge(result_of(CONFIG, *twice))
     assert verdict.values == (1 / 16, 1 / 4)
 
 
-def test_claims_in_steps_were_set_after_the_first_data_and_two_of_them_are_headlines():
+def test_claims_in_steps_were_set_after_the_first_data_and_three_of_them_are_headlines():
     in_steps = [claim for claim in CLAIMS if claim.statement.startswith(late_phase.IN_STEPS)]
-    assert len(in_steps) == 13
+    assert len(in_steps) == 18
     for claim in in_steps:
         assert claim.id.endswith("-in-steps") and claim.set_after
     assert list(dict.fromkeys(claim.id for claim in in_steps if claim.headline)) == [
         "late-sam-saves-half-in-steps",
         "early-sam-is-forgotten-in-test-error-in-steps",
+        "more-epochs-generalize-better-in-steps",
     ]
 
 

@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sam_problem import OPTIMIZERS, SGD, Elsewhere, X, Y, assert_equal, copies, everything, network
+from sam_problem import (
+    OPTIMIZERS,
+    SGD,
+    Elsewhere,
+    X,
+    Y,
+    assert_equal,
+    copies,
+    everything,
+    network,
+    nothing_waits,
+)
 from torch import nn
 
 from sam_lab import SAM, methods, models
@@ -1040,12 +1051,9 @@ def test_on_cuda_the_host_waits_for_nothing_in_a_step(name):
     for _ in range(3):  # libraries may wait when they are first used
         sam.step(losses)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for _ in range(4):
             sam.step(losses)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert sam.steps == 7 and sam.skipped == 0
 
 

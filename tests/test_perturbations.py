@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sam_problem import Elsewhere
+from sam_problem import Elsewhere, nothing_waits
 
 from sam_lab import perturbations
 from sam_lab.perturbations import (
@@ -484,11 +484,8 @@ def test_the_norm_of_nothing_is_an_error():
 def test_on_cuda_nothing_waits_for_the_device_and_a_cpu_generator_draws_the_same():
     params, grads = drawn([(3, 2), (4,)], 0, torch.float32)
     there = [[t.cuda() for t in tensors] for tensors in (params, grads)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         epsilons = {name: rule(*there, 0.1) for name, rule in RULES.items()}
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for name, epsilon in epsilons.items():
         for e, here in zip(epsilon, RULES[name](params, grads, 0.1), strict=True):
             torch.testing.assert_close(e.cpu(), here)

@@ -9,7 +9,18 @@ from functools import partial
 
 import pytest
 import torch
-from sam_problem import OPTIMIZERS, SGD, X, Y, assert_equal, copies, everything, loss_of, network
+from sam_problem import (
+    OPTIMIZERS,
+    SGD,
+    X,
+    Y,
+    assert_equal,
+    copies,
+    everything,
+    loss_of,
+    network,
+    nothing_waits,
+)
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -457,12 +468,9 @@ def test_on_cuda_the_host_waits_for_nothing_in_a_step(perturb):
     sam = SAM(SGD(groups, momentum=0.9), 0.1, model)
     sam.step(closures, perturb)  # libraries may wait when they are first used
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for _ in range(3):
             sam.step(closures, perturb)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert sam.steps == 4 and sam.skipped == 0
 
 

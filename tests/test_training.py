@@ -802,6 +802,44 @@ def test_examples_outside_the_box_stop_the_epoch_with_a_hint_and_leave_the_train
     assert_equal(everything(training), before)
 
 
+# --- in half precision ----------------------------------------------------------------------------
+
+
+def in_bfloat16(phases):
+    """A training whose passes are in bfloat16, and the dtypes that its layers gave."""
+    training, seen = made(phases, autocast=torch.bfloat16), set()
+    for layer in training.model:
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda layer, args, out: seen.add(out.dtype))
+    return training.run(), seen
+
+
+@pytest.mark.parametrize("how", [{}, {"rho": 0.1}, {"attack": attack}], ids=["sgd", "sam", "at"])
+def test_autocast_computes_the_passes_and_leaves_what_is_kept_in_float32(how):
+    training, seen = in_bfloat16([Phase(0, 2, **how)])
+    assert seen == {torch.bfloat16}
+    kept = [*training.model.parameters(), *training.model.buffers()]
+    kept += [t for state in training.optimizer.state.values() for t in state.values()]
+    assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
+    whole = made([Phase(0, 2, **how)]).run()
+    for one, two in zip(training.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0.05, atol=0.05)
+        assert not torch.equal(one, two)
+
+
+def test_autocast_is_of_half_precision():
+    with pytest.raises(ValueError, match="autocast must be None or one of .*bfloat16.*float32"):
+        made([Phase(0, 1)], autocast=torch.float32)
+
+
+def test_without_autocast_a_block_around_the_run_is_in_force():
+    training, seen = made([Phase(0, 1)]), set()
+    training.model[0].register_forward_hook(lambda layer, args, out: seen.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        training.run()
+    assert seen == {torch.bfloat16}
+
+
 # --- random numbers -------------------------------------------------------------------------------
 
 

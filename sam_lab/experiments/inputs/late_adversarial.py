@@ -7,13 +7,14 @@ AutoAttack its two attacks that use the gradient and nothing else. The other two
 time: they are run on few examples, to see what they add.
 
 The laptop has a fully connected network on the real MNIST digits that a package carries; the
-desktop a small wide residual network on a tenth of CIFAR-10, at the radius of the paper's code; the
-paper's scale that network on all of CIFAR-10.
+desktop a small wide residual network on a tenth of CIFAR-10, at the radius of the paper's code;
+"fast" all of CIFAR-10 and a small network that learns it in few epochs, at that radius and at twice
+that; the paper's scale that of the desktop's kind which the paper's code has.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,11 +31,12 @@ from sam_lab.experiments.inputs.robustness import (
 )
 from sam_lab.experiments.lab.claims import CONTROL, OURS, NotApplicable, Source, claim
 from sam_lab.experiments.lab.experiment import Cell, Experiment
-from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns
+from sam_lab.experiments.lab.result import Columns, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.lab.setup import Setup
 from sam_lab.experiments.lab.statistics import Ratio
 from sam_lab.experiments.late import switching
 from sam_lab.experiments.late.switching import (
+    IN_STEPS,
     SCHEDULES,
     branches,
     ends,
@@ -42,11 +44,22 @@ from sam_lab.experiments.late.switching import (
     reached,
     scheduled,
     summed_lr,
+    unless_in_steps,
 )
 from sam_lab.experiments.recipe import CIFAR, CIFAR_FAST, CIFAR_TENTH, DIGITS, Recipe
 from sam_lab.training import Training, evaluate
 
-__all__ = ["DESKTOP", "EXPERIMENT", "LAPTOP", "PAPER", "Config", "attack", "prepare", "run"]
+__all__ = [
+    "DESKTOP",
+    "EXPERIMENT",
+    "LAPTOP",
+    "PAPER",
+    "Config",
+    "attack",
+    "prepare",
+    "run",
+    "settings",
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Config:
         eps, attack_steps: radius of the attack in the maximum norm, and its steps in training.
         late, early: at which share of the epochs runs switch to attacked examples, or away.
         schedules: of the learning rate; the first is the base's.
+        further: radii of the attack at which the base is run once more.
         n_autoattack: test examples that AutoAttack's two gradient attacks see.
         n_all_attacks: those that all four see, of the network that was attacked throughout.
     """
@@ -68,6 +82,7 @@ class Config:
     late: tuple[float, ...] = (0.5, 0.75, 0.9)
     early: tuple[float, ...] = (0.5, 0.9)
     schedules: tuple[str, ...] = ("constant", "steps")
+    further: tuple[float, ...] = ()
     n_autoattack: int = 200
     n_all_attacks: int = 0
 
@@ -84,9 +99,11 @@ DESKTOP = Config(
     attack_steps=4,
 )
 FAST = Config(
-    CIFAR_FAST.but(test=2000, epochs=12),
+    CIFAR_FAST.but(test=1000, epochs=10),
     eps=4 / 255,
-    schedules=("cosine",),
+    late=(0.5, 0.9),
+    schedules=("steps",),
+    further=(8 / 255,),
     n_autoattack=500,
 )
 PAPER = Config(
@@ -98,6 +115,16 @@ PAPER = Config(
     n_autoattack=1000,
     n_all_attacks=1000,
 )
+
+
+def settings(config: Config) -> list[Setting]:
+    """Every schedule at the radius of the base, and every further radius under the base's
+    schedule; a setting names its radius where there are several."""
+    schedules = [{"schedule": schedule} for schedule in config.schedules]
+    if not config.further:
+        return schedules
+    radii = [{**schedules[0], "eps": eps} for eps in config.further]
+    return [*({**each, "eps": config.eps} for each in schedules), *radii]
 
 
 def attack(config: Config) -> Attack:
@@ -128,6 +155,7 @@ def run(config: Config, cell: Cell) -> Columns:
         ValueError: shares of the epochs in `late` or `early` that fall on one epoch, or on none
             that can be switched at.
     """
+    config = replace(config, eps=cell.setting.get("eps", config.eps))
     start, dataset = prepare(config, cell)
     rows = Rows()
     how = {"attack": attack(config)}
@@ -160,7 +188,7 @@ def cost(config: Config) -> float:
         hessians=1,
         judged=judged + APGD * config.n_autoattack,
     )
-    return len(config.schedules) * one
+    return len(settings(config)) * one
 
 
 SETUP = Setup(
@@ -310,9 +338,13 @@ UNDER_EACH_SCHEDULE = [
     training_costs_accuracy,
 ]
 CLAIMS = [
-    *UNDER_EACH_SCHEDULE,
+    *map(unless_in_steps, UNDER_EACH_SCHEDULE),
+    *(each.under("in-steps", IN_STEPS, schedule="steps") for each in UNDER_EACH_SCHEDULE),
     *(
-        each.under("in-steps", "With a learning rate that falls in steps, ", schedule="steps")
+        replace(
+            each.under("at-8-255", "At a radius of 8/255, ", eps=8 / 255),
+            headline=False,
+        )
         for each in UNDER_EACH_SCHEDULE
     ),
     schedule_decides,
@@ -326,7 +358,7 @@ EXPERIMENT = Experiment(
     title="Late adversarial training: the switching time",
     source="Zhou et al. 2025 (arXiv:2410.10373), the extension to adversarial training",
     presets={"laptop": LAPTOP, "desktop": DESKTOP, "fast": FAST, "paper": PAPER},
-    settings=lambda config: [{"schedule": schedule} for schedule in config.schedules],
+    settings=settings,
     run=run,
     claims=CLAIMS,
     setup=SETUP,

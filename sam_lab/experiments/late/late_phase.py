@@ -29,6 +29,7 @@ from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns,
 from sam_lab.experiments.lab.statistics import Ratio, farthest_from_one
 from sam_lab.experiments.late import switching
 from sam_lab.experiments.late.switching import (
+    IN_STEPS,
     SCHEDULES,
     branches,
     ends,
@@ -36,6 +37,7 @@ from sam_lab.experiments.late.switching import (
     reached,
     scheduled,
     summed_lr,
+    unless_in_steps,
 )
 from sam_lab.experiments.recipe import Recipe
 from sam_lab.objective import Closure
@@ -252,9 +254,20 @@ def _in_order(run: Run, name: str) -> float:
     """Of all pairs of late switches, the share in which the longer phase of SAM has the smaller
     value; a tie counts half."""
     late = run["switched_off"] == run["switched_off"].max()
-    values = run[name][late][np.argsort(run["switched_on"][late])]
-    pairs = itertools.combinations(values, 2)
-    return float(np.mean([(1 + np.sign(later - earlier)) / 2 for earlier, later in pairs]))
+    return _falling(-run["switched_on"][late], run[name][late])
+
+
+def _by_epochs(runs: SeedRuns, name: str) -> float:
+    """Of all pairs of runs, the share in which the one with more epochs of SAM has the smaller
+    value; a tie counts half."""
+    run = runs.base()
+    return _falling(run["switched_off"] - run["switched_on"], run[name])
+
+
+def _falling(x: np.ndarray, y: np.ndarray) -> float:
+    """Of all pairs of points, the share in which y falls as x grows; a tie counts half."""
+    pairs = itertools.combinations(zip(x, y, strict=True), 2)
+    return float(np.mean([(1 - np.sign((b - a) * (d - c))) / 2 for (a, c), (b, d) in pairs]))
 
 
 def _late_sharpness(run: Run) -> float:
@@ -265,7 +278,6 @@ def _late_sharpness(run: Run) -> float:
 
 NO_FLATTER = "SAM was no flatter than SGD here"
 NOTHING_SAVED = "SAM saved no test error here"
-IN_STEPS = "With a learning rate that falls in steps, "  # how such a statement begins
 
 
 @claim(AFTER_ZHOU, high=0.8, domain="positive")
@@ -376,7 +388,8 @@ _AT_THE_BASE = [
     no_barrier,
 ]
 # Asked after the runs were seen: the paper's headline under the schedule of its code, what SAM does
-# to the test error when SGD has the last word, and the order of the switching times.
+# to the test error when SGD has the last word, whether that takes a flatter end, and the order of
+# the switching times.
 
 
 @claim(AFTER_ZHOU, low=0.5, set_after=True, undefined=NOTHING_SAVED)
@@ -407,18 +420,55 @@ def an_earlier_switch_generalizes_better(runs: SeedRuns) -> float:
     return _in_order(runs.base(), "test_error")
 
 
+@claim(OURS, low=0.9, domain="positive", set_after=True)
+def early_half_ends_no_flatter(runs: SeedRuns) -> float:
+    """After SAM in the first half of the epochs, SGD in the second half ends no flatter than SGD
+    throughout: sharpness of the training objective, the former's over the latter's"""
+    return _ratio(runs.base(), SHARPNESS, ("early", 0.5), SGD_ONLY)
+
+
+@claim(OURS, low=0.0, unit="points", set_after=True)
+def early_half_saves(runs: SeedRuns) -> float:
+    """After SAM in the first half of the epochs, SGD in the second half ends with a smaller test
+    error than SGD throughout: by how much it is smaller"""
+    return _points(runs.base(), SGD_ONLY, ("early", 0.5))
+
+
+@claim(OURS, low=0.75, domain="share", set_after=True)
+def more_epochs_generalize_better(runs: SeedRuns) -> float:
+    """Whether SAM comes first or last, the more epochs it has, the smaller the test error: share of
+    pairs of runs, SGD and SAM throughout among them, whose test error is in this order"""
+    return _by_epochs(runs, "test_error")
+
+
+@claim(OURS, low=0.75, domain="share", set_after=True)
+def more_epochs_are_flatter(runs: SeedRuns) -> float:
+    """Whether SAM comes first or last, the more epochs it has, the flatter the end: share of pairs
+    of runs, SGD and SAM throughout among them, whose sharpness is in this order"""
+    return _by_epochs(runs, SHARPNESS)
+
+
 _AFTERWARDS = [
     late_sam_saves_half,
     early_sam_is_forgotten_in_test_error,
     an_earlier_switch_is_flatter,
     an_earlier_switch_generalizes_better,
+    early_half_ends_no_flatter,
+    early_half_saves,
+    more_epochs_generalize_better,
+    more_epochs_are_flatter,
 ]
 # With the criteria of the others.
 _IN_STEPS = [
     dataclasses.replace(
         one.under("in-steps", IN_STEPS, schedule="steps"),
         set_after=True,
-        headline=one in (late_sam_saves_half, early_sam_is_forgotten_in_test_error),
+        headline=one
+        in (
+            late_sam_saves_half,
+            early_sam_is_forgotten_in_test_error,
+            more_epochs_generalize_better,
+        ),
     )
     for one in (
         sam_is_flatter,
@@ -430,12 +480,17 @@ _IN_STEPS = [
         late_half_counts_more,
         late_half_generalizes_better,
         early_sam_is_forgotten,
+        no_barrier,
         *_AFTERWARDS,
     )
 ]
-CLAIMS = [*_AT_THE_BASE, *_AFTERWARDS, *_IN_STEPS, learning_rate_decides]
-"""The paper's claims on one task, with the schedule of the base (a constant learning rate, but at
-`late_images`' scale "fast") and with that of the paper's code, and what decides them."""
+CLAIMS = [
+    *map(unless_in_steps, [*_AT_THE_BASE, *_AFTERWARDS]),
+    *_IN_STEPS,
+    learning_rate_decides,
+]
+"""The paper's claims on one task, with a constant learning rate and with the schedule of the
+paper's code, and what decides them."""
 
 
 @claim(OURS, 0.8, 1.25, set_after=True, headline=True, domain="positive")

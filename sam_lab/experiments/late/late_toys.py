@@ -254,7 +254,7 @@ def _slowing(run: Run) -> float:
     return run.value("last_decade") / run.value("decade_before")
 
 
-@claim(ZHOU, high=2.0, headline=True)
+@claim(ZHOU, high=2.0)
 def stays_in_the_valley(runs: SeedRuns) -> float:
     """In a valley of one parameter, SAM that starts in the inner half of the valley never leaves
     it, at radii up to a quarter of the valley's half-width: farthest point over half of the

@@ -9,11 +9,12 @@ setting share their weights up to the switch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sam_lab.experiments.lab.claims import NotApplicable
+from sam_lab.experiments.lab.claims import Claim, NotApplicable
 from sam_lab.experiments.lab.cost import measurement
 from sam_lab.experiments.lab.experiment import Cell
 from sam_lab.experiments.lab.result import Result, Run, SeedRuns
@@ -31,16 +32,22 @@ from sam_lab.training import (
 )
 
 __all__ = [
+    "IN_STEPS",
     "SCHEDULES",
     "against_share",
     "branches",
+    "clock",
     "cost",
     "ends",
     "off_the_clock",
     "reached",
     "scheduled",
     "summed_lr",
+    "unless_in_steps",
 ]
+
+IN_STEPS = "With a learning rate that falls in steps, "
+"""How a claim on the runs with the schedule "steps" begins."""
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
@@ -221,6 +228,18 @@ def scheduled(runs: SeedRuns, schedule: str) -> Run:
     return runs.base(schedule=schedule)
 
 
+def unless_in_steps(claim: Claim) -> Claim:
+    """The claim at a scale whose base has another schedule than "steps"; where it has that one, the
+    runs belong to the claim that begins with `IN_STEPS`."""
+
+    def statistic(runs: SeedRuns) -> float | Ratio:
+        if runs.runs[0].settings["schedule"] == "steps":
+            raise NotApplicable("the learning rate falls in steps in all runs at this scale")
+        return claim(runs)
+
+    return replace(claim, statistic=statistic)
+
+
 def against_share(
     result: Result, name: str, method: str, **changed: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -254,13 +273,18 @@ def summed_lr(runs: SeedRuns, name: str, **changed: Any) -> tuple[np.ndarray, np
     """
     run = runs.base(**changed)
     on, off = run["switched_on"], run["switched_off"]
-    epochs = int(off.max())
-    chosen = (off == epochs) & (on < off) & (on > 0)
-    schedule = SCHEDULES[run.settings["schedule"]]
-    rates = runs.config["recipe"]["lr"] * np.array([schedule(e / epochs) for e in range(epochs)])
-    sums = np.array([rates[int(at) :].sum() for at in on[chosen]])
+    chosen = (off == off.max()) & (on < off) & (on > 0)
+    sums = clock(runs, run)[chosen]
     order = np.argsort(sums)
     return sums[order], run[name][chosen][order]
+
+
+def clock(runs: SeedRuns, run: Run) -> np.ndarray:
+    """The learning rate summed over the epochs of what is studied, for each row of a run."""
+    on, off = (run[name].astype(int) for name in ("switched_on", "switched_off"))
+    schedule, epochs = SCHEDULES[run.settings["schedule"]], off.max()
+    rates = runs.config["recipe"]["lr"] * np.array([schedule(e / epochs) for e in range(epochs)])
+    return np.array([rates[begin:end].sum() for begin, end in zip(on, off, strict=True)])
 
 
 def off_the_clock(
