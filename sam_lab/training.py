@@ -38,7 +38,7 @@ from sam_lab.adversarial import Attack
 from sam_lab.data import one_hot
 from sam_lab.methods import Method, plain
 from sam_lab.objective import Closure
-from sam_lab.perturbations import HALF, Rule
+from sam_lab.perturbations import Rule
 from sam_lab.perturbations import sam as sam_rule
 from sam_lab.sam import SAM
 from sam_lab.state import RandomState, check_state, evaluating, load_optimizer, save_whole
@@ -194,9 +194,8 @@ class Training:
         carry: whether the state of the optimizer (momentum) survives from phase to phase. If not,
             every phase begins with an empty one, as where each phase has an optimizer of its own.
         seed: determines all that an epoch draws.
-        autocast: what `torch.autocast` computes the passes in, such as ``torch.bfloat16``; the
-            parameters, SAM's perturbation and the optimizer's state stay as they are. None for no
-            autocast.
+        autocast: ``torch.bfloat16`` for passes in `torch.autocast`, with parameters, SAM's
+            perturbation and the optimizer's state as they are; None for passes as they are.
 
     Attributes:
         epoch: how many epochs are done.
@@ -242,8 +241,11 @@ class Training:
         self.loss_fn, self.schedule, self.augment = loss_fn, schedule, augment
         self.batch = check_integer("batch", batch, 1)
         self.carry, self.seed = carry, check_integer("seed", seed, 0)
-        if autocast is not None and autocast not in HALF:
-            raise ValueError(f"autocast must be None or one of {HALF}, got {autocast!r}")
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                "autocast must be None or torch.bfloat16 (float16 would need its loss scaled), "
+                f"got {autocast!r}"
+            )
         self.autocast = autocast
         self._make = optimizer
         self.optimizer = _made(optimizer, model)

@@ -802,7 +802,7 @@ def test_examples_outside_the_box_stop_the_epoch_with_a_hint_and_leave_the_train
     assert_equal(everything(training), before)
 
 
-# --- in half precision ----------------------------------------------------------------------------
+# --- in bfloat16 ----------------------------------------------------------------------------------
 
 
 def in_bfloat16(phases):
@@ -827,9 +827,12 @@ def test_autocast_computes_the_passes_and_leaves_what_is_kept_in_float32(how):
         assert not torch.equal(one, two)
 
 
-def test_autocast_is_of_half_precision():
-    with pytest.raises(ValueError, match="autocast must be None or one of .*bfloat16.*float32"):
-        made([Phase(0, 1)], autocast=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "bfloat16"])
+def test_autocast_is_to_bfloat16(dtype):
+    with pytest.raises(
+        ValueError, match=r"autocast must be None or torch.bfloat16 .*, got .*16|32"
+    ):
+        made([Phase(0, 1)], autocast=dtype)
 
 
 def test_without_autocast_a_block_around_the_run_is_in_force():

@@ -9,7 +9,7 @@ time: they are run on few examples, to see what they add.
 The laptop has a fully connected network on the real MNIST digits that a package carries; the
 desktop a small wide residual network on a tenth of CIFAR-10, at the radius of the paper's code;
 "fast" all of CIFAR-10 and a small network that learns it in few epochs, at that radius and at twice
-that; the paper's scale that of the desktop's kind which the paper's code has.
+that; the paper's scale the smaller network of the paper's code on all of CIFAR-10.
 """
 
 from __future__ import annotations
