@@ -1,16 +1,19 @@
 """Experiments: the registry, running and resuming, the command line."""
 
 import dataclasses
+import inspect
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +237,23 @@ def test_out_that_cannot_be_written_is_refused_before_it_starts(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExperimentError, match="cannot write to out="):
         experiments.run(toy(), out=tmp_path / "file", progress=False)
+
+
+def test_a_package_that_is_not_there_is_missed_before_the_first_run(tmp_path):
+    made = []
+    lacking = dataclasses.replace(
+        toy(run=lambda config, cell: made.append(cell)), needs=["no_such_package"]
+    )
+    with pytest.raises(ImportError, match="'no_such_package' is needed here, and it is not"):
+        experiments.run(lacking, out=tmp_path / "out", device="cpu", progress=False)
+    assert not made and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_experiments_that_end_in_autoattack_look_for_it_first(name):
+    source = Path(inspect.getfile(experiments.get(name).run)).read_text(encoding="utf-8")
+    judged = re.search(r"\b(two_judges|autoattack)\b", source) is not None
+    assert ("pyautoattack" in experiments.get(name).needs) == judged
 
 
 def test_an_exception_in_a_run_says_which(tmp_path):

@@ -369,4 +369,5 @@ EXPERIMENT = Experiment(
     settings=settings,
     run=run,
     claims=CLAIMS,
+    needs=["pyautoattack"],
 )

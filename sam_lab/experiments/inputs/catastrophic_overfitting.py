@@ -316,4 +316,5 @@ EXPERIMENT = Experiment(
         random_start_is_more_robust,
         one_step_is_as_good,
     ],
+    needs=["pyautoattack"],
 )

@@ -713,4 +713,5 @@ EXPERIMENT = Experiment(
     settings=settings,
     run=run,
     claims=CLAIMS,
+    needs=["pyautoattack"],
 )

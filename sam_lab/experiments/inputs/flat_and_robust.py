@@ -603,4 +603,5 @@ EXPERIMENT = Experiment(
         decay_shrinks_the_first_layer,
         sam_does_not_shrink_the_first_layer,
     ],
+    needs=["pyautoattack"],
 )

@@ -363,4 +363,5 @@ EXPERIMENT = Experiment(
     claims=CLAIMS,
     setup=SETUP,
     cost=cost,
+    needs=["pyautoattack"],
 )

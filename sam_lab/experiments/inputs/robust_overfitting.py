@@ -301,4 +301,5 @@ EXPERIMENT = Experiment(
         sam_helps,
         stopping_is_as_good,
     ],
+    needs=["pyautoattack"],
 )

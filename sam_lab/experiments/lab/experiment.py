@@ -74,6 +74,8 @@ class Experiment:
         claims: what the runs decide.
         setup: the paper's own, as far as it is known, from which each preset may depart.
         cost: ``cost(config)`` counts the FLOPs of all settings with one seed, without data.
+        needs: optional packages without which a run would fail at its end: looked for before the
+            first one begins.
 
     Raises:
         ValueError, TypeError: when a part is missing or of the wrong kind.
@@ -88,6 +90,7 @@ class Experiment:
     claims: Sequence[Claim] = ()
     setup: Setup | None = None
     cost: Callable[[Any], float] | None = field(default=None, repr=False)
+    needs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sam_lab import _optional
 from sam_lab.experiments.lab.checkpoints import Checkpoints
 from sam_lab.experiments.lab.experiment import Cell, Experiment, check_config, config_dict
 from sam_lab.experiments.lab.progress import Progress
@@ -63,6 +64,7 @@ def run(
         ExperimentError: unknown name or scale, config of another class, bad seeds or device,
             ``out`` that cannot be written, or whose file has seeds that are not asked for; several
             workers for an experiment that the registry does not have.
+        ImportError: a package that the experiment needs is not installed; nothing has been run.
         Busy: another process runs the same experiment into the same folder.
         KeyboardInterrupt: on Ctrl-C; with ``out``, its message says what is kept.
     """
@@ -73,6 +75,8 @@ def run(
     settings = _resolve_settings(chosen, config)
     tasks = [(setting, seed) for setting in settings for seed in seed_list]
     shares = _resolve_workers(workers, chosen)
+    for package in chosen.needs:
+        _optional.require(package, extra="book")
 
     store = None
     if out is not None:
