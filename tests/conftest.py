@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("patient", deadline=None)  # no timed assertions: machines are shared
@@ -30,10 +31,12 @@ RUNS = {"result", "runs", "ran"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that needs a run of an experiment is slow."""
+    """A test that needs a run of an experiment is slow, one that needs a GPU skipped without."""
     for item in items:
         if RUNS & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 @pytest.fixture(scope="session")

@@ -1036,7 +1036,7 @@ def test_autoattack_refuses_three_classes_and_leaves_the_model_as_it_was():
 # --- on an accelerator ----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @both_norms
 def test_on_cuda_the_attack_is_the_same_and_a_cpu_generator_serves(norm):
     model, threat = network(dtype=torch.float64), Threat(norm, EPS[norm])

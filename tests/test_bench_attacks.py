@@ -94,7 +94,7 @@ def test_a_quick_run_writes_a_table_with_or_without_peers(
         assert f"{row['what']}, {row['network']}" in printed
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 def test_on_cuda_attacks_are_measured() -> None:
     spent = bench.measure(bench.QUICK[0], "linf", torch.device("cuda"))
     assert all(second > 0 for turns in spent.values() for second in turns)

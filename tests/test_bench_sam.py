@@ -165,7 +165,7 @@ def test_on_the_cpu_there_is_nothing_to_wait_for() -> None:
     assert bench.waits(step, CPU) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 def test_on_cuda_time_and_memory_are_measured_and_nothing_waits() -> None:
     device = torch.device("cuda")
     peak, step = bench.peak_bytes(lambda: lambda: torch.ones(1024, device=device), device)

@@ -654,7 +654,7 @@ def test_nothing_is_said_where_nothing_is_wrong():
     assert not caught
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_on_cuda_points_together_and_one_by_one_agree_with_the_cpu():
     model, _, loss = network(dtype=torch.float32)
     a, b = elsewhere(model, 1), elsewhere(model, 2)

@@ -1034,7 +1034,7 @@ def test_a_compiled_model_is_compiled_once_and_trains_as_the_plain_one(name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @every_method
 def test_on_cuda_the_host_waits_for_nothing_in_a_step(name):
     model, x, y = network(*copy.deepcopy(NOISY)).cuda(), X.cuda(), Y.cuda()

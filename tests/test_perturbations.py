@@ -480,7 +480,7 @@ def test_the_norm_of_nothing_is_an_error():
         global_norm([])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_on_cuda_nothing_waits_for_the_device_and_a_cpu_generator_draws_the_same():
     params, grads = drawn([(3, 2), (4,)], 0, torch.float32)
     there = [[t.cuda() for t in tensors] for tensors in (params, grads)]

@@ -28,8 +28,6 @@ from sam_lab import SAM
 from sam_lab.perturbations import asam, sam_linf, unnormalized
 from sam_lab.perturbations import sam as sam_rule
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
 
 def noisy(seed=0):
     return network(nn.BatchNorm1d(4), nn.Dropout(0.5), seed=seed)
@@ -458,7 +456,7 @@ def test_a_model_compiled_to_machine_code_sees_the_perturbed_weights(compiler):
 # --- on CUDA -----------------------------------------------------------------------------------
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("perturb", ["batch", "micro"])
 def test_on_cuda_the_host_waits_for_nothing_in_a_step(perturb):
     model = noisy().cuda()
@@ -474,7 +472,7 @@ def test_on_cuda_the_host_waits_for_nothing_in_a_step(perturb):
     assert sam.steps == 4 and sam.skipped == 0
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_on_cuda_a_gradient_that_is_not_finite_is_counted_and_does_no_harm():
     model = network().cuda()
     x, y = X.cuda(), Y.cuda()
@@ -485,7 +483,7 @@ def test_on_cuda_a_gradient_that_is_not_finite_is_counted_and_does_no_harm():
     assert sam.skipped == 1
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_on_cuda_float16_with_a_scale_that_is_far_too_large_comes_down_and_learns():
     model = network().cuda()
     x, y = X.cuda(), Y.cuda()
@@ -510,7 +508,7 @@ def test_on_cuda_float16_with_a_scale_that_is_far_too_large_comes_down_and_learn
     assert losses[-1] < 0.5 * losses[0]
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_on_cuda_one_autocast_block_around_both_passes_computes_with_the_weights_as_they_are():
     model, losses = network().cuda(), []
     x, y = X.cuda(), Y.cuda()

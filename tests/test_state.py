@@ -57,7 +57,7 @@ def test_devices_without_random_numbers_of_their_own_are_no_error():
     assert draws() == first
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_on_cuda_the_stream_of_the_device_is_kept_too():
     device = torch.device("cuda", torch.cuda.current_device())
     state = RandomState([device])
@@ -382,7 +382,7 @@ def test_float32_is_whole_inside_and_as_before_afterwards(monkeypatch, before):
     assert torch.backends.cudnn.allow_tf32 == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_convolution_on_a_gpu_has_all_digits_of_float32():
     x, w = (torch.randn(8, 64, 9, 9, device="cuda") for _ in range(2))
     with whole_float32():
