@@ -16,6 +16,7 @@ from book_tool import ROOT, address, book
 bs4 = pytest.importorskip("bs4")
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyter_book")
+imagesize = pytest.importorskip("imagesize")  # Sphinx brings it
 
 HTML = ROOT / "_build" / "html"
 
@@ -221,6 +222,22 @@ def test_nothing_hangs_over_the_side_of_a_telephone(scheme, look):
     assert page.evaluate(scrolled) <= 0
 
 
+def test_a_figure_of_several_panels_keeps_its_size_on_a_telephone_and_scrolls(look):
+    page = look(390).page
+    for figure in page.locator("article figure.wide").all():
+        assert figure.locator("img").bounding_box()["width"] >= 600
+        figure.evaluate("e => { e.scrollLeft = e.scrollWidth }")
+        assert figure.evaluate("e => e.scrollLeft") > 0
+        caption = figure.locator("figcaption").bounding_box()
+        assert caption["x"] >= 0 and caption["x"] + caption["width"] <= 390  # it stays
+        figure.evaluate("e => { e.scrollLeft = 0 }")
+
+
+def test_on_a_desk_no_figure_scrolls(look):
+    widths = "all => all.map(e => e.scrollWidth - e.clientWidth)"
+    assert set(look(1280).page.locator("article figure").evaluate_all(widths)) <= {0}
+
+
 def test_text_can_be_told_from_its_background_in_both_themes(look):
     for scheme, bright in (("light", False), ("dark", True)):
         page = look(scheme=scheme).page
@@ -234,6 +251,13 @@ def test_text_can_be_told_from_its_background_in_both_themes(look):
 
 def rendered(html: Path) -> list[Path]:
     return [path for path in html.rglob("*.html") if "_static" not in path.parts]
+
+
+def test_as_wide_count_the_figures_that_are(html):
+    for path in rendered(html):
+        for figure in soup(path).select("article figure.align-default"):
+            width, _ = imagesize.get(path.parent / unquote(figure.img["src"]))
+            assert ("wide" in figure["class"]) == (width >= 900), figure["id"]
 
 
 def test_every_internal_link_and_anchor_resolves(html):

@@ -3,20 +3,24 @@
 A figure without alternative text is warned of, and so fails the build: myst-nb would give it the
 name of its file, which a screen reader reads out. The text belongs into the cell's metadata,
 ``{"mystnb": {"image": {"alt": "…"}}}``. The bibliography loses the role of a list, which Sphinx
-gives it although its entries are no list items. And the arrow that unfolds the side pages of a
-chapter gets the name that the theme leaves out.
+gives it although its entries are no list items. The arrow that unfolds the side pages of a chapter
+gets the name that the theme leaves out. And a figure of several panels is marked as wide: on a
+telephone it keeps a size at which its labels can be read, and scrolls (see the style sheet).
 """
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import imagesize
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
+
+WIDE = 900  # pixels of a picture whose labels cannot be read at the width of a telephone
 
 
 def is_written(alt: str, uri: str) -> bool:
@@ -29,6 +33,15 @@ def check_images(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         if not is_written(image.get("alt", ""), image.get("uri", "")):
             where = image.get("uri", "an image")
             logger.warning("%s has no alternative text", where, location=(docname, image.line))
+
+
+def mark_wide(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    for figure in doctree.findall(nodes.figure):
+        for image in figure.findall(nodes.image):
+            width, _ = imagesize.get(Path(app.srcdir) / image["uri"])
+            if width >= WIDE:
+                # The theme puts an output that scrolls into the order of tabs.
+                figure["classes"] += ["output", "wide"]
 
 
 def drop_list_role(app: Sphinx, pagename: str, template: str, context: dict, doctree: Any) -> None:
@@ -46,6 +59,7 @@ def name_arrows(app: Sphinx, pagename: str, template: str, context: dict, doctre
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-resolved", check_images)
+    app.connect("doctree-resolved", mark_wide)
     app.connect("html-page-context", drop_list_role)
     app.connect("html-page-context", name_arrows, priority=900)  # after the theme's own
     return {"parallel_read_safe": True, "parallel_write_safe": True}
