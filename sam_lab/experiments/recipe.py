@@ -15,6 +15,7 @@ from sam_lab import data, models
 from sam_lab.curvature import Hessian
 from sam_lab.data import Dataset
 from sam_lab.experiments.lab.cost import gradient_flops
+from sam_lab.experiments.lab.device import has_bfloat16
 from sam_lab.training import LossFn, Phase, Training, crop_and_flip
 
 __all__ = ["CIFAR", "CIFAR_FAST", "CIFAR_TENTH", "DIGITS", "Recipe", "hessian"]
@@ -40,8 +41,9 @@ class Recipe:
         shift: pixels by which they are shifted at most.
         epochs, batch, lr, momentum, weight_decay: of SGD.
         nesterov: whether its momentum is Nesterov's.
-        bfloat16: whether a GPU computes the passes of training in bfloat16 (see `Training`'s
-            autocast); a CPU has float32 in any case, and so has all that is measured.
+        bfloat16: whether the passes of training are in bfloat16 (see `Training`'s autocast) where
+            the device has instructions for it, as GPUs and some CPUs do; elsewhere they are in
+            float32, and so is all that is measured.
         measured: training examples over which the Hessian is taken.
         tol: of its top eigenvalue, relative residual.
 
@@ -214,7 +216,7 @@ class Recipe:
             batch=self.batch,
             augment=crop_and_flip(self.shift) if self.augment else None,
             seed=seed if order is None else order,
-            autocast=torch.bfloat16 if self.bfloat16 and dataset.x.is_cuda else None,
+            autocast=torch.bfloat16 if self.bfloat16 and has_bfloat16(dataset.x.device) else None,
             **how,
         )
         return training, dataset

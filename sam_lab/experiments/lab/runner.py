@@ -7,9 +7,7 @@ import inspect
 import multiprocessing
 import os
 import platform
-import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -23,6 +21,7 @@ import torch
 
 from sam_lab import _optional
 from sam_lab.experiments.lab.checkpoints import Checkpoints
+from sam_lab.experiments.lab.device import device_name
 from sam_lab.experiments.lab.experiment import Cell, Experiment, check_config, config_dict
 from sam_lab.experiments.lab.progress import Progress
 from sam_lab.experiments.lab.registry import ExperimentError, get, names
@@ -350,24 +349,10 @@ def _provenance(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": max(1, torch.get_num_threads() // workers),
         "command": command(experiment.name, label, seeds) if label in experiment.presets else call,
         "seconds": round(seconds, 1),
         **({"workers": workers} if workers > 1 else {}),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        try:
-            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = ""
-        model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-        name = model[1].strip() if model else name
-    return f"{device.type}: {name}"
