@@ -310,10 +310,10 @@ def noise_kernel_norm(
 
     $$K = c \sum_a \frac{\eta\lambda_a}{2 - \eta\lambda_a} < 1 .$$
 
-    For a small learning rate K is about $\eta \operatorname{tr} H / 2b$: it hears the trace, where
-    the edge 2/lr hears the largest eigenvalue alone. With the whole data as the batch K is 0. How
-    far K = 1 lies from the exact edge depends on the spread: it is some per cent too generous for
-    Gaussian inputs, and up to a half for inputs with few large directions.
+    For a small learning rate K is about $\eta \operatorname{tr} H / 2b$: it depends on the trace,
+    where the edge 2/lr depends on the largest eigenvalue alone. With the whole data as the batch K
+    is 0. How far K = 1 lies from the exact edge depends on the spread: it is some per cent too
+    generous for Gaussian inputs, and up to a half for inputs with few large directions.
 
     SAM with the unnormalised perturbation $\epsilon = \rho g$ from the same batch has
 
