@@ -308,7 +308,8 @@ def test_a_small_grid_gives_every_claim_a_number(task, config):
         assert all((np.isfinite(run[name]) == switches).all() for name in WAY)
         assert (run["passes"] == 3 * (10 + run["switched_off"] - run["switched_on"])).all()
     for verdict in experiments.judge(result):
-        assert len(verdict.values) == 1 and np.isfinite(verdict.values).all(), verdict.reason
+        if "than the margin itself" not in verdict.reason:  # that little may be all
+            assert len(verdict.values) == 1 and np.isfinite(verdict.values).all(), verdict.reason
 
 
 # --- the claims, by hand --------------------------------------------------------------------------
@@ -357,7 +358,7 @@ RUNS = [
         sharpness_objective={**SHARPNESS, "late 0.9": 8.0, "full": 2.0},
         trace={"sgd": 100.0, "full": 1.0, "late 0.9": 10**1.5},
         test_error={
-            **{"sgd": 0.40, "full": 0.39, "late 0.9": 0.38, "late 0.75": 0.375},
+            **{"sgd": 0.41, "full": 0.39, "late 0.9": 0.38, "late 0.75": 0.375},
             **{"late 0.5": 0.37, "early 0.25": 0.395, "early 0.5": 0.36, "early 0.9": 0.392},
         },
         barrier={"late 0.9": 0.04},
@@ -401,7 +402,7 @@ EXPECTED = {
     "early-half-ends-no-flatter": 0.25,
     "early-half-saves": 2.0,
     "early-half-ends-no-flatter-in-steps": 0.25,
-    "early-half-saves-in-steps": 4.0,
+    "early-half-saves-in-steps": 5.0,
     "no-barrier-in-steps": 0.08,
     # of 28 pairs; two of them are runs with SAM in as many epochs
     "more-epochs-generalize-better": 23 / 28,
@@ -411,13 +412,13 @@ EXPECTED = {
     "sam-is-flatter-in-steps": 1 / 8,
     "late-sam-is-as-flat-in-steps": 1 / 3,  # 16 to 8 to 2
     "late-sam-is-as-flat-in-trace-in-steps": 0.25,
-    "sam-generalizes-better-in-steps": 1.0,
+    "sam-generalizes-better-in-steps": 2.0,
     "late-sam-generalizes-as-well-in-steps": -1.0,
-    "late-sam-saves-half-in-steps": 2.0,
-    "early-sam-is-forgotten-in-test-error-in-steps": 0.8,
+    "late-sam-saves-half-in-steps": 1.5,
+    "early-sam-is-forgotten-in-test-error-in-steps": 0.9,
     "an-earlier-switch-is-flatter-in-steps": 0.95,  # of ten pairs one is a tie
     "an-earlier-switch-generalizes-better-in-steps": 0.7,  # the end is behind the three before
-    "late-sam-generalizes-better-in-steps": 2.0,
+    "late-sam-generalizes-better-in-steps": 3.0,
     "late-half-counts-more-in-steps": 0.5,
     "late-half-generalizes-better-in-steps": -1.0,
     "early-sam-is-forgotten-in-steps": 1 / 3,
@@ -454,6 +455,17 @@ def test_claims_on_schedules_and_switches_that_a_scale_lacks_do_not_apply():
         assert (verdict.verdict == "does not apply") == lacks, (name, verdict.reason)
     assert "'constant'" in verdicts["learning-rate-decides"].reason
     assert "schedule=steps" in verdicts["sam-is-flatter-in-steps"].reason
+
+
+@pytest.mark.parametrize(("saved", "applies"), [(0.9, False), (1.1, True), (-2.0, False)])
+def test_as_well_as_sam_is_asked_where_sam_saves_more_than_the_margin(saved, applies):
+    errors = {"sgd": 0.30, "full": 0.30 - saved / 100, "late 0.9": 0.30}
+    result = result_of(CONFIG, *(run_of(seed=seed, test_error=errors) for seed in range(3)))
+    verdict = late_phase.late_sam_generalizes_as_well.judge(result)
+    if applies:
+        assert verdict.mean == pytest.approx(saved) and verdict.verdict == "not reproduced"
+    else:
+        assert verdict.verdict == "does not apply" and "than the margin itself" in verdict.reason
 
 
 def test_where_all_runs_fall_in_steps_the_claims_that_say_so_have_them():
@@ -526,7 +538,7 @@ def test_a_share_of_a_way_that_is_not_there_does_not_apply():
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(
-        NotApplicable, match=r"no run with late at 0.7: the phases were \[\(.*5.*10"
+        NotApplicable, match=r"no run with late at 0.7 of the epochs; the phases .* are 5 to 10, "
     ):
         switching.ends(RUNS[0], "trace", "late", 0.7)
     with pytest.raises(ValueError, match="method must be one of sgd, .*early, got 'adam'"):

@@ -23,7 +23,7 @@ import numpy as np
 from torch import nn
 
 from sam_lab import data, landscape
-from sam_lab.experiments.lab.claims import CONTROL, OURS, Source, claim
+from sam_lab.experiments.lab.claims import CONTROL, OURS, NotApplicable, Source, claim
 from sam_lab.experiments.lab.experiment import Cell
 from sam_lab.experiments.lab.result import Columns, Result, Rows, Run, SeedRuns, Setting
 from sam_lab.experiments.lab.statistics import Ratio, farthest_from_one
@@ -322,13 +322,19 @@ def late_sam_generalizes_better(runs: SeedRuns) -> float:
     return _points(runs.base(), SGD_ONLY, ("late", LATE))
 
 
-# A margin below 1 point could not be met by design: it is about the half width of the interval
-# of five seeds.
-@claim(ZHOU, high=1.0, unit="points", set_after=True)
+# A smaller margin could not be met by design: it is about the half width of the interval of five
+# seeds. Where all that SAM saves lies within the margin, SGD would meet it too.
+MARGIN = 1.0
+
+
+@claim(ZHOU, high=MARGIN, unit="points", set_after=True)
 def late_sam_generalizes_as_well(runs: SeedRuns) -> float:
     """SAM in the last tenth of the epochs has about the test error of SAM throughout: by how much
     it is larger"""
-    return _points(runs.base(), ("late", LATE), SAM_ONLY)
+    run = runs.base()
+    if _points(run, SGD_ONLY, SAM_ONLY) <= MARGIN:
+        raise NotApplicable("SAM throughout saved no more than the margin itself")
+    return _points(run, ("late", LATE), SAM_ONLY)
 
 
 @claim(AFTER_ZHOU, high=0.9, domain="positive")

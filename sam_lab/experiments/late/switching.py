@@ -191,8 +191,9 @@ def ends(run: Run, name: str, method: str, share: float | None = None) -> float:
         raise ValueError(f"method must be one of {', '.join(spans)}, got {method!r}")
     rows = np.flatnonzero((on == spans[method][0]) & (off == spans[method][1]))
     if len(rows) != 1:
+        phases = ", ".join(f"{start:g} to {stop:g}" for start, stop in zip(on, off, strict=True))
         raise NotApplicable(
-            f"no run with {method} at {share}: the phases were {[*zip(on, off, strict=True)]}"
+            f"no run with {method} at {share} of the epochs; the phases at this scale are {phases}"
         )
     return float(run[name][rows[0]])
 
