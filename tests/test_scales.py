@@ -133,6 +133,8 @@ def test_the_cost_of_a_switch_is_that_of_the_epochs_on_either_side():
     )
     judged = 4 * 250 * 10 * gradient
     assert late_adversarial.cost(attacked) == pytest.approx(expected + judged)
+    alone = dataclasses.replace(attacked, with_pgd=False)
+    assert late_adversarial.cost(alone) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

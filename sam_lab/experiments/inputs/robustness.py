@@ -18,6 +18,7 @@ from sam_lab.adversarial import (
     robust_accuracy,
 )
 from sam_lab.state import evaluating
+from sam_lab.training import evaluate
 
 __all__ = ["GRADIENT_ATTACKS", "input_gradient", "strong", "two_judges"]
 
@@ -41,6 +42,7 @@ def two_judges(
     *,
     n_autoattack: int,
     attacks: Sequence[str] = GRADIENT_ATTACKS,
+    with_pgd: bool = True,
     seed: int = 0,
 ) -> dict[str, float]:
     """Share of errors by PGD on all examples, and by both judges on the first `n_autoattack`.
@@ -48,22 +50,22 @@ def two_judges(
     Args:
         model: ``model(x)`` gives logits; x are images (N, C, H, W) in [0, 1].
         attacks: those of AutoAttack that are run.
+        with_pgd: whether PGD is run too; without it the two errors by PGD are missing.
 
     Returns:
         `natural_error` and `pgd_error` on all N; `pgd_error_judged` and `autoattack_error` on the
         first `n_autoattack`. The last is the one to believe.
     """
-    few = slice(n_autoattack)
-    attack = strong(threat)
-    natural, robust = robust_accuracy(model, x, y, attack)
-    errors = {"natural_error": 1 - natural, "pgd_error": 1 - robust}
-    judges: dict[str, Attack] = {
-        "pgd_error_judged": attack,
-        "autoattack_error": partial(autoattack, threat=threat, attacks=attacks, seed=seed),
-    }
-    for name, judge in judges.items():
-        errors[name] = 1 - robust_accuracy(model, x[few], y[few], judge)[1]
-    return errors
+    few, attack = slice(n_autoattack), strong(threat)
+    judge = partial(autoattack, threat=threat, attacks=attacks, seed=seed)
+
+    def error(judge: Attack, which: slice = few) -> float:
+        return 1 - robust_accuracy(model, x[which], y[which], judge)[1]
+
+    errors = {"natural_error": evaluate(model, x, y)[1]}
+    if with_pgd:
+        errors |= {"pgd_error": error(attack, slice(None)), "pgd_error_judged": error(attack)}
+    return {**errors, "autoattack_error": error(judge)}
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, norm: str = "linf") -> float:
