@@ -8,9 +8,9 @@ time: they are run on few examples, to see what they add.
 
 The laptop has a fully connected network on the real MNIST digits that a package carries; the
 desktop a small wide residual network on a tenth of CIFAR-10, at the radius of the paper's code;
-"fast" all of CIFAR-10 and a small network that learns it in few epochs, half as wide as elsewhere
-so that two cores finish it in two hours, at that radius and at twice that; the paper's scale the
-smaller network of the paper's code on all of CIFAR-10.
+"fast" all of CIFAR-10 and a small network that learns it in few epochs, at that radius and at twice
+that (the network is half as wide as for late SAM: two cores with bfloat16 finish three seeds in two
+hours); the paper's scale the smaller network of the paper's code on all of CIFAR-10.
 """
 
 from __future__ import annotations
@@ -148,14 +148,13 @@ def run(config: Config, cell: Cell) -> Columns:
     Returns:
         Columns with a row for each run, which trained on attacked examples in the epochs
         [`switched_on`, `switched_off`); an empty interval is SGD throughout. `passes` through the
-        model in training; `natural_error` on the test set and `autoattack_error` on its first
-        `n_autoattack` examples, and with PGD `pgd_error` and `pgd_error_judged` on the same;
-        `train_error` and
-        `train_pgd_error` on the measured training examples, the latter under the attack of
-        training; `sharpness` of the cross-entropy in the weights, `input_gradient` (mean 1-norm),
-        on the same. Of the network that was attacked throughout, `checked_error` under all of
-        AutoAttack and `checked_error_by_two` under its two gradient attacks, on the first
-        `n_all_attacks` examples.
+        model in training; `natural_error` on the test set, `autoattack_error` on its first
+        `n_autoattack` examples, and with PGD `pgd_error` on the test set and `pgd_error_judged` on
+        those; `train_error` and `train_pgd_error` on the measured training examples, the latter
+        under the attack of training; `sharpness` of the cross-entropy in the weights,
+        `input_gradient` (mean 1-norm), on the same. Of the network that was attacked throughout,
+        `checked_error` under all of AutoAttack and `checked_error_by_two` under its two gradient
+        attacks, on the first `n_all_attacks` examples.
 
     Raises:
         ValueError: shares of the epochs in `late` or `early` that fall on one epoch, or on none
