@@ -337,7 +337,6 @@ def two_attacks_suffice(runs: SeedRuns) -> float:
     return 100 * (run.value("checked_error") - run.value("checked_error_by_two"))
 
 
-WIDER = f"{IN_STEPS}and at a radius of 8/255, "
 UNDER_EACH_SCHEDULE = [
     late_is_robust,
     late_half_is_robust,
@@ -346,6 +345,8 @@ UNDER_EACH_SCHEDULE = [
     late_half_counts_more,
     training_costs_accuracy,
 ]
+AT_EACH_RADIUS = [late_is_robust, late_is_natural, early_is_forgotten, training_costs_accuracy]
+WIDER = f"{IN_STEPS}and at a radius of 8/255, "
 CLAIMS = [
     *map(unless_in_steps, UNDER_EACH_SCHEDULE),
     *(each.under("in-steps", IN_STEPS, schedule="steps") for each in UNDER_EACH_SCHEDULE),
@@ -354,7 +355,7 @@ CLAIMS = [
             each.under("at-8-255", WIDER, schedule="steps", eps=8 / 255),
             headline=False,
         )
-        for each in UNDER_EACH_SCHEDULE
+        for each in AT_EACH_RADIUS
     ),
     schedule_decides,
     learning_rate_is_the_clock,
